@@ -1,0 +1,62 @@
+"""Who is labeled, invalid or still in the unlabeled pool: index sets, and the two measures."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+
+
+class Split(NamedTuple):
+    """Indices into the training images, each sorted, int64, on the CPU."""
+
+    labeled: Tensor  # known images whose label has been seen
+    invalid: Tensor  # images queried and found unknown
+    pool: Tensor  # what can be queried; holds the invalid images too, unless they are dropped
+
+
+def initial_split(known: Tensor, init_percent: float, generator: torch.Generator) -> Split:
+    """Label floor(known images * init_percent / 100) known images drawn at random.
+
+    known: (N,) bool, whether each training image is of a known class. All else is the pool.
+    Raises DataError where that leaves no labeled image, or no known one in the pool.
+    """
+    candidates = known.nonzero().view(-1)
+    count = math.floor(len(candidates) * init_percent / 100)
+    if not 0 < count < len(candidates):
+        raise DataError(
+            f"--init-percent {init_percent:g} labels {count} of {len(candidates)} known images: "
+            "choose it so that at least one is labeled and at least one is left for the pool"
+        )
+    drawn = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+    pool = torch.ones(len(known), dtype=torch.bool).index_fill_(0, drawn, False)
+    return Split(drawn.sort().values, torch.empty(0, dtype=torch.int64), pool.nonzero().view(-1))
+
+
+def update(split: Split, queried: Tensor, known: Tensor, drop_unknown: bool) -> Split:
+    """The split after the oracle has answered for `queried` (indices into the training images).
+
+    Known images move to labeled. Unknown ones become invalid and stay in the pool, as in the
+    published experiments; with `drop_unknown` they leave it, as in later papers.
+    """
+    is_known = known[queried]
+    leaves = queried if drop_unknown else queried[is_known]
+    stays = torch.isin(split.pool, leaves, invert=True)
+    return Split(
+        torch.cat([split.labeled, queried[is_known]]).sort().values,
+        torch.cat([split.invalid, queried[~is_known]]).unique(),  # one may be queried again
+        split.pool[stays],
+    )
+
+
+def precision(queried: Tensor, known: Tensor) -> float:
+    """Known images in the query / images in the query, in [0, 1]."""
+    return int(known[queried].sum()) / len(queried)
+
+
+def recall(split: Split, queried: Tensor, known: Tensor) -> float:
+    """Share of all known images that are labeled once the query is answered, in [0, 1]."""
+    labeled, found, findable = len(split.labeled), known[queried].sum(), known[split.pool].sum()
+    return (int(found) + labeled) / (int(findable) + labeled)

@@ -1,0 +1,29 @@
+"""Networks that return (features, logits), and how they are trained and applied."""
+
+import torch
+
+from .resnet import NETWORKS, ResNet
+from .training import Diverged, dropout_masks, evaluate, score, train
+
+__all__ = ["NETWORKS", "Diverged", "ResNet", "create"]
+__all__ += ["dropout_masks", "evaluate", "score", "train"]
+
+
+def create(
+    name: str,
+    num_classes: int,
+    feat_dim: int,
+    generator: torch.Generator,
+    device: torch.device,
+    dropout: float = 0.0,
+) -> ResNet:
+    """A new network with PyTorch's default initialisation, drawn on the CPU from `generator`.
+
+    name: one of NETWORKS; feat_dim, dropout: see ResNet. channels_last on the device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        network = ResNet(name, num_classes, feat_dim, dropout)
+    if device.type == "cuda" and torch.distributed.is_initialized():
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(device, memory_format=torch.channels_last)

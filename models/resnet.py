@@ -1,0 +1,132 @@
+"""ResNets with the CIFAR stem (He et al., CVPR 2016), from torchvision's residual blocks.
+
+A 3x3 stride-1 convolution instead of the 7x7 one, no max-pooling, global average pooling, and
+PyTorch's default initialisation.
+
+Parameters by hand, for `resnet20` with C = 10 classes and no feature layer; a k x k convolution
+from a to b channels has k k a b weights and is followed by 2 b of batch norm:
+    stem        9*3*16 + 32                                                =     464
+    16 channels 6 * (9*16*16 + 32)                                         =  14,016
+    32 channels 9*16*32 + 64 + 5 * (9*32*32 + 64)                          =  51,072
+    64 channels 9*32*64 + 128 + 5 * (9*64*64 + 128)                        = 203,520
+    head        64*10 + 10                                                 =     650
+                                                                     total = 269,722
+The same for `resnet18`, whose stages change width through a 1x1 convolution, before the head:
+    stem          9*3*64 + 128                                             =      1,856
+    64 channels   4 * (9*64*64 + 128)                                      =    147,968
+    128 channels  9*64*128 + 3*9*128*128 + 64*128 + 5*256                  =    525,568
+    256 channels  9*128*256 + 3*9*256*256 + 128*256 + 5*512                =  2,099,712
+    512 channels  9*256*512 + 3*9*512*512 + 256*512 + 5*1024               =  8,393,728
+                                                                     total = 11,168,832
+and a head of 512 F + F (to F features) plus F C + C.
+"""
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+# name -> residual block, channels per stage, blocks per stage
+NETWORKS = {
+    "resnet18": (BasicBlock, (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet20": (BasicBlock, (16, 32, 64), (3, 3, 3)),  # He et al.'s own net for CIFAR
+}
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that uses its running statistics where a channel has one single value.
+
+    That happens for a last batch of one image once the feature map is 1x1 (the 8x8 digits), where
+    a batch has no variance and nn.BatchNorm2d raises.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class Subsample(nn.Module):
+    """The parameter-free shortcut of He et al.'s CIFAR nets: every other pixel, zero channels."""
+
+    def __init__(self, extra_channels: int) -> None:
+        super().__init__()
+        self.extra_channels = extra_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra_channels))
+
+
+class ResNet(nn.Module):
+    """Images (B, 3, H, W) -> features (B, F) and logits (B, C).
+
+    feat_dim F: the pooled vector goes through a linear layer to F features and, with no
+    non-linearity between, through another to the logits. 0: the pooled vector is the features.
+    dropout: probability with which an entry of the pooled vector is dropped in training.
+    """
+
+    def __init__(self, name: str, num_classes: int, feat_dim: int = 2, dropout: float = 0.0):
+        super().__init__()
+        block, widths, depths = NETWORKS[name]
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = BatchNorm(widths[0])
+        self.stages = nn.Sequential()
+        channels = widths[0]
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                shortcut = None
+                if name == "resnet20" and stride == 2:
+                    shortcut = Subsample(width - channels)
+                elif stride == 2 or channels != width * block.expansion:
+                    convolution = nn.Conv2d(
+                        channels, width * block.expansion, 1, stride, bias=False
+                    )
+                    shortcut = nn.Sequential(convolution, BatchNorm(width * block.expansion))
+                self.stages.append(block(channels, width, stride, shortcut, norm_layer=BatchNorm))
+                channels = width * block.expansion
+        self.pooled_dim = channels
+        self.feature_dim = feat_dim or channels
+        self.dropout_rate = dropout
+        self.feature_layer = nn.Linear(channels, feat_dim) if feat_dim else nn.Identity()
+        self.fc = nn.Linear(self.feature_dim, num_classes)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the backbone's pooled vector (B, pooled_dim)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.stages(x).mean((2, 3))
+
+    def head(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled vectors (..., pooled_dim) -> features (..., F) and logits (..., C)."""
+        features = self.feature_layer(pooled)
+        return features, self.fc(features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pooled(x)
+        if self.training and self.dropout_rate:
+            pooled = F.dropout(pooled, self.dropout_rate)
+        return self.head(pooled)
+
+
+def fold_batchnorm(network: ResNet) -> ResNet:
+    """A copy of the network for inference, its batch norms folded into the convolutions.
+
+    In evaluation mode a batch norm is one multiply-add per channel, which the convolution before
+    it can do for free. The network itself is left as it is.
+    """
+    folded = copy.deepcopy(network).eval()
+    for module in list(folded.modules()):
+        names = [name for name, _ in module.named_children()]
+        for conv, norm in zip(names, names[1:], strict=False):  # registered one after the other
+            pair = getattr(module, conv), getattr(module, norm)
+            if isinstance(pair[0], nn.Conv2d) and isinstance(
+                pair[1], nn.modules.batchnorm._BatchNorm
+            ):
+                setattr(module, conv, fuse_conv_bn_eval(*pair))
+                setattr(module, norm, nn.Identity())
+    return folded

@@ -1,0 +1,51 @@
+"""KMeans: k-means with as many centres as images to query; the image nearest to each centre."""
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import pairwise_distances_argmin
+from torch import Tensor
+
+from .outputs import PoolOutputs
+
+READS = ("features",)  # fields of PoolOutputs
+
+ITERATIONS = 30  # Lloyd steps at most; see query
+
+
+def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of `count` pool images, (count,) int64, in order of the centres.
+
+    Two centres with the same nearest image: the first takes it, the other its nearest one left.
+    Traded for time at 1,500 centres over 49,200 features of 512 dimensions: k-means starts once,
+    from images drawn at random (k-means++ alone would take longer than all of it), and stops
+    after ITERATIONS Lloyd steps.
+    """
+    features = outputs.features.float().cpu().numpy()
+    seed = int(torch.randint(2**31, (), generator=generator))
+    kmeans = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centres
+        centers = kmeans.fit(features).cluster_centers_
+    return torch.from_numpy(nearest_distinct(centers, features))
+
+
+def nearest_distinct(centers: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """For each centre, in order, the nearest image not taken before: (k,) int64.
+
+    centers: (k, F), features: (n, F), k <= n.
+    """
+    chosen = pairwise_distances_argmin(centers, features)
+    first = np.zeros(len(centers), bool)
+    first[np.unique(chosen, return_index=True)[1]] = True
+    taken = np.zeros(len(features), bool)
+    taken[chosen[first]] = True
+    for i in np.flatnonzero(~first):  # few, unless images are equal
+        distance = np.square(features - centers[i]).sum(1)
+        distance[taken] = np.inf
+        chosen[i] = distance.argmin()
+        taken[chosen[i]] = True
+    return chosen
