@@ -188,7 +188,8 @@ def load_log(path: Path) -> Log:
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except Exception as error:  # rubbish bytes raise nearly every class there is
-        raise ValueError((str(error) or type(error).__name__)[:200]) from None
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"not a sound log ({reason[:200]})") from None
 
 
 def read_logs(folders: list[str]) -> dict[Run, Log]:

@@ -163,7 +163,7 @@ def parse_arguments(description: str, detector: bool) -> argparse.Namespace:
     add("--augment-pool", action="store_true", help=pool)
     add("--gpu", default="0", help="CUDA device, or one per process under torchrun: 0,1")
     add("--use-cpu", action="store_true", help="even where there is a GPU")
-    add("--eval-batch-size", type=integer(1), default=512, help="images per evaluation step")
+    add("--eval-batch-size", type=integer(1), default=256, help="images per evaluation step")
     add("--compile", action="store_true", help="compile training and scoring with torch.compile")
     amp = "mixed precision: bf16, fp16 or off"
     add("--amp", type=one_of(["off", "bf16", "fp16"]), default="off", help=amp)
