@@ -255,12 +255,9 @@ def drawing_order(key: tuple[Method, bool, str]) -> tuple:
     """Sort key: LfOSA, then the strategies as in STYLES, then others by name; ours first."""
     method, published, model = key
     rank = list(STYLES).index(method.strategy) if method.strategy in STYLES else len(STYLES)
-    temperatures = method.temperatures or ()
-    return (
-        not method.is_lfosa,
-        (rank, method.strategy, len(temperatures), published, model),
-        (temperatures, method.settings),
-    )
+    temperatures = method.temperatures or ()  # None cannot be sorted
+    scripts = len(temperatures), published, model
+    return rank, method.strategy, *scripts, temperatures, method.settings
 
 
 def fits(compared: Group, group: Group) -> bool:
@@ -349,7 +346,7 @@ def draw(curves: list[Curve], measure: str, title: str) -> Figure:
     axes.set_title("\n".join(lines), fontsize=9)
     axes.set_xlabel("Query Round")
     axes.set_ylabel(MEASURES[measure][1])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # 1: also with one round
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     if len(curves) > LEGEND_INSIDE:
