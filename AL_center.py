@@ -7,16 +7,20 @@ example:
   python AL_center.py --dataset cifar100 --query-strategy uncertainty --seed 1
 """
 
-import datasets
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import models
 import utils
 
 
 def main() -> None:
     args = utils.parse_arguments(__doc__, detector=False)
-    utils.check_files(args)
     device = utils.setup_device(args)
-    data = datasets.create(args.dataset, args.data_dir, args.known_class, args.class_seed, device)
+    utils.check_files(args)
+    data = utils.load(args, device)
     run = utils.start(args, device, data.known)
 
     while utils.goes_on(run):

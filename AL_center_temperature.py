@@ -8,18 +8,22 @@ example:
   python AL_center_temperature.py --dataset cifar100 --seed 1
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
-import datasets
 import models
 import utils
 
 
 def main() -> None:
     args = utils.parse_arguments(__doc__, detector=True)
-    utils.check_files(args)
     device = utils.setup_device(args)
-    data = datasets.create(args.dataset, args.data_dir, args.known_class, args.class_seed, device)
+    utils.check_files(args)
+    data = utils.load(args, device)
     run = utils.start(args, device, data.known)
 
     # The loss divides an image's logits by the temperature of its class.

@@ -5,28 +5,31 @@ import contextlib
 import difflib
 import fcntl
 import hashlib
+import io
 import math
 import os
 import pickle
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import datasets
 import models
 from datasets import DATASETS, DataError, OpenSetData, augment, open_set
 from models import parallel
@@ -47,21 +50,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         if "unrecognized arguments" in message:
             flags = list(self._option_string_actions)
-            typed = [word for word in message.split() if word.startswith("--")]
+            typed = [word for word in message.split() if word.startswith("-")]
             near = [difflib.get_close_matches(word, flags, 1) for word in typed]
             hints = [match[0] for match in near if match]
             message += f" (did you mean {' '.join(hints)}?)" if hints else ""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        told = parallel.local_rank() == 0  # all processes of torchrun find the same error
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}\n" if told else None)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).splitlines())
 
 
 def integer(low: int) -> Callable[[str], int]:
-    """argparse type: an integer of at least `low`."""
+    """argparse type: an integer of at least `low`, and small enough for what is counted with it."""
 
     def convert(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if int(text) >= low:
+            if low <= int(text) < 2**31:
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {2**31 - 1}")
 
     return convert
 
@@ -97,6 +105,33 @@ def one_of(names: list[str]) -> Callable[[str], str]:
     return convert
 
 
+# The end of both scripts' --help; tests/test_distributed.py runs it.
+GRID = """\
+one run on several GPUs: each takes its share of every batch, so --batch-size and schedule stay
+  torchrun --standalone --nproc-per-node=4 --max-restarts=3 AL_center_temperature.py --resume
+on several machines: the same line on each, HOST being one of them
+  torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+    --max-restarts=3 AL_center_temperature.py --resume
+
+many runs, one process each, as a Slurm array: sbatch grid.sh (a killed run is requeued and goes on)
+  #!/bin/bash
+  #SBATCH --array=0-71 --requeue --gres=gpu:1 --cpus-per-task=4
+  seeds=(1 2 3 4)
+  strategies=(AV_temperature AV_based uncertainty random KMeans BALD)
+  ratios=(20 30 40)  # known classes
+  i=$SLURM_ARRAY_TASK_ID
+  seed=${seeds[i % ${#seeds[@]}]}
+  strategy=${strategies[i / ${#seeds[@]} % ${#strategies[@]}]}
+  ratio=${ratios[i / ${#seeds[@]} / ${#strategies[@]}]}
+  script=AL_center.py
+  [ $strategy = AV_temperature ] && script=AL_center_temperature.py
+  exec python $script --dataset cifar100 --known-class $ratio --query-strategy $strategy \\
+    --seed $seed --resume
+the same runs without Slurm, four at a time
+  seq 0 71 | xargs -P 4 -I{} env SLURM_ARRAY_TASK_ID={} bash grid.sh
+"""
+
+
 def parse_arguments(description: str, detector: bool) -> argparse.Namespace:
     """The command line of either script; `detector` adds LfOSA's temperatures and its strategy.
 
@@ -105,6 +140,7 @@ def parse_arguments(description: str, detector: bool) -> argparse.Namespace:
     """
     parser = Parser(
         description=description,
+        epilog=GRID,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -225,18 +261,19 @@ def run_name(args: argparse.Namespace) -> str:
 def setup_device(args: argparse.Namespace) -> torch.device:
     """The device to use; under torchrun this process joins the others first.
 
-    Raises UserError where --gpu names no device there is, or too few for the processes.
+    Raises UserError where --gpu names no device there is, or too few for the processes, and
+    where an argument does not go with torchrun.
     """
     cuda = torch.cuda.is_available() and not args.use_cpu
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = parallel.local_rank()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         ids = [integer(0)(text) for text in args.gpu.split(",")]
     except argparse.ArgumentTypeError:
         raise UserError(f"--gpu {args.gpu}: give the number of a device, such as 0") from None
     if len(ids) > 1 and local_world == 1:
-        command = shlex.join(["torchrun", f"--nproc-per-node={len(ids)}", *sys.argv])
-        raise UserError(f"--gpu {args.gpu} needs one process per device: {command}")
+        command = ["torchrun", "--standalone", f"--nproc-per-node={len(ids)}", *sys.argv]
+        raise UserError(f"--gpu {args.gpu} needs one process per device: {shlex.join(command)}")
     if ids == [0]:  # the default
         ids = list(range(local_world))
     if len(ids) != local_world:
@@ -246,10 +283,13 @@ def setup_device(args: argparse.Namespace) -> torch.device:
             f"--gpu {args.gpu}: there is no device {max(ids)}, only 0 to "
             f"{torch.cuda.device_count() - 1}"
         )
-    if "RANK" in os.environ and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.compile:
+            raise UserError("--compile is for one process: leave it out under torchrun")
         if cuda:
             torch.cuda.set_device(ids[local_rank])
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        if not dist.is_initialized():
+            parallel.join(cuda)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -257,6 +297,15 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     if not cuda and not args.use_cpu and parallel.rank() == 0:
         print("no CUDA device: using the CPU")
     return torch.device("cuda", ids[local_rank]) if cuda else torch.device("cpu")
+
+
+def load(args: argparse.Namespace, device: torch.device) -> OpenSetData:
+    """Read the data set; on each machine one process before the others, for it may download."""
+    return parallel.one_first(
+        lambda: datasets.create(
+            args.dataset, args.data_dir, args.known_class, args.class_seed, device
+        )
+    )
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -278,36 +327,91 @@ class Stopped(BaseException):
     """The run was asked to stop, and what it can be resumed from is on the disk."""
 
 
-_stop = {"signal": 0, "waits": False}  # waits: a training step is under way and is finished first
+_stop = {"signal": 0, "waits": False}  # waits: what is under way is finished first, see `whole`
 
 
 def _on_signal(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    _stop["signal"] = number
-    if not _stop["waits"]:
+    # A second one ends the process at once. Not under torchrun: it passes on what a scheduler has
+    # sent to all processes already, and kills in the end.
+    signal.signal(number, signal.SIG_IGN if _torchrun() else signal.SIG_DFL)
+    if not _stop["signal"]:  # or it is stopping already
+        _stop["signal"] = number
+        if not _stop["waits"]:
+            raise Stopped
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """A signal that arrives inside takes effect at the end: no step and no write is cut in two."""
+    outer, _stop["waits"] = _stop["waits"], True
+    try:
+        yield
+    finally:
+        _stop["waits"] = outer
+    if _stop["signal"] and not outer:
         raise Stopped
+
+
+def _torchrun() -> list[str]:
+    """The torchrun command line up to the script that started this process; empty without it."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return []
+    nodes = int(env["GROUP_WORLD_SIZE"])
+    where = [f"--nnodes={nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"]
+    command = ["torchrun", *(where if nodes > 1 else ["--standalone"])]
+    command.append(f"--nproc-per-node={env['LOCAL_WORLD_SIZE']}")
+    restarts = int(env["TORCHELASTIC_MAX_RESTARTS"])
+    return command + ([f"--max-restarts={restarts}"] if restarts else [])
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main` and turn what can go wrong into one line and an exit status.
 
-    2: something the user can mend. 130, 143: stopped by Ctrl-C, SIGTERM; resumable.
+    2: something the user can mend. 130, 143: stopped by Ctrl-C, SIGTERM; resumable. 1: another
+    process of this run has ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
-    script = os.path.basename(sys.argv[0])
+    script, status = os.path.basename(sys.argv[0]), 0
+
+    def tell(error: object) -> None:
+        who = f"rank {parallel.rank()}: " if parallel.rank() else ""
+        print(f"{script}: error: {who}{_one_line(error)}", file=sys.stderr, flush=True)
+
     try:
-        main()
-        status = 0
-    except (UserError, DataError, models.Diverged) as error:
-        if parallel.rank() == 0:
-            print(f"{script}: error: {error}", file=sys.stderr)
+        try:
+            main()
+        finally:
+            _stop["waits"] = True  # little is left to do: a signal is only noted
+    except parallel.Elsewhere:  # the rank that failed tells why
+        status = 2
+    except (UserError, DataError, models.Diverged, models.Misfit, OSError) as error:
+        # Before the ranks have joined, all of a machine fail alike, and in training all of them.
+        joined, alike = parallel.world() > 1, (models.Diverged, models.Misfit)
+        first = (parallel.rank() if joined else parallel.local_rank()) == 0
+        if first or (joined and not isinstance(error, alike)):
+            tell(error)
+        status = 2
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        tell("out of memory: lower --batch-size or --eval-batch-size, or choose a smaller --model")
         status = 2
     except Stopped:
-        if parallel.rank() == 0:
+        status = 128 + (_stop["signal"] or signal.SIGTERM)  # another rank's, where it is not ours
+    except RuntimeError as error:
+        if not parallel.lost(error):
+            raise
+        status = 128 + _stop["signal"] if _stop["signal"] else 1
+        if status == 1:
+            tell("another process of this run has ended; going on is possible with --resume")
+    try:
+        if status > 128 and parallel.rank() == 0:
             words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-            print(f"stopped; go on with: python {shlex.join([*words, '--resume'])}", flush=True)
-        status = 128 + _stop["signal"]
+            command = shlex.join([*(_torchrun() or [sys.executable]), *words, "--resume"])
+            print(f"stopped; go on with: {command}")
+        sys.stdout.flush()
+    except OSError:  # "| head", say, has been told: or the interpreter would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
@@ -318,7 +422,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 # Arguments that may change between a run and its resumption: none changes a result.
 FREE = {"gpu", "data_dir", "save_dir", "max_query", "resume", "overwrite", "no_tensorboard"}
-FREE |= {"checkpoint_epochs"}
+FREE |= {"checkpoint_epochs", "use_cpu"}  # the device itself is compared
 
 
 @dataclass
@@ -329,8 +433,8 @@ class Run:
     device: torch.device
     path: Path  # save-dir/NAME
     state: dict  # what the checkpoint holds: see `_new_state`
-    text: TextIO | None = None  # NAME.log, which also carries the lock
-    writer: object = None  # tensorboardX.SummaryWriter
+    text: io.FileIO | None = None  # NAME.log, which also carries the lock
+    events: object = None  # tensorboardX's EventsWriter
     seconds: dict[str, float] = field(default_factory=dict)  # of this round, by phase
 
     @property
@@ -355,15 +459,31 @@ def check_files(args: argparse.Namespace) -> None:
 
     Raises UserError where the run's files would be overwritten or cannot be written.
     """
+    parallel.from_rank0(lambda: _check_files(args))  # where the files are
+
+
+def _check_files(args: argparse.Namespace) -> None:
     path = Path(args.save_dir, run_name(args))
-    for earlier in (path.with_name(path.name + ".pkl"), path.with_name(path.name + ".pt")):
-        if earlier.exists() and not (args.resume or args.overwrite):
-            raise UserError(f"{earlier} is there already: add --resume to go on, or --overwrite")
+    log, checkpoint = f"{path}.pkl", f"{path}.pt"
+    there = [file for file in (log, checkpoint) if os.path.exists(file)]
+    if there and not (args.resume or args.overwrite):
+        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
+    if there == [log] and args.resume:
+        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
     parent = Path(args.save_dir).absolute()
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise UserError(f"--save-dir {args.save_dir}: cannot write to {parent}")
+    with torch.device("meta"):  # sizes without the memory
+        network = models.ResNet(args.model, args.known_class + 1, args.feat_dim)
+    # Weights and momentum, 4 bytes each, and the old checkpoint stays until the new one is whole.
+    need = 2 * 8 * sum(parameter.numel() for parameter in network.parameters())
+    need -= os.path.getsize(checkpoint) if checkpoint in there else 0
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        megabytes = f"{need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise UserError(f"--save-dir {args.save_dir}: checkpoints need another {megabytes}")
 
 
 def start(args: argparse.Namespace, device: torch.device, known: Tensor) -> Run:
@@ -381,15 +501,23 @@ def start(args: argparse.Namespace, device: torch.device, known: Tensor) -> Run:
         header = _header(args, device, known)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            run.text = open(f"{path}.log", "a")  # noqa: SIM115 - the run holds it, for the lock
+            run.text = io.FileIO(f"{path}.log", "a")
         except OSError as error:
             raise UserError(f"--save-dir {args.save_dir}: {error.strerror}") from None
         try:
             fcntl.flock(run.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another process is running {path.name}") from None
+        _check_files(args)  # once more: whoever had the lock may just have finished
+        if args.overwrite:
+            run.text.truncate(0)
+            shutil.rmtree(path.parent / "tb" / path.name, ignore_errors=True)
         if args.resume and os.path.exists(f"{path}.pt"):
-            return _load(path, header)
+            state = _load(path, header, _new_state(split, header))
+            for key in ("versions", "commit"):
+                if state["header"][key] != header[key]:
+                    say(run, f"note: {key} was {state['header'][key]}, is {header[key]}")
+            return state | {"header": header}
         if args.resume:
             say(run, f"no checkpoint {path}.pt: starting fresh")
         return _new_state(split, header)
@@ -398,10 +526,8 @@ def start(args: argparse.Namespace, device: torch.device, known: Tensor) -> Run:
     if run.text:
         say(run, " ".join(f"{key}={value}" for key, value in run.state["header"].items()))
         if not args.no_tensorboard:
-            from tensorboardX import SummaryWriter  # slow to import
-
-            run.writer = SummaryWriter(str(path.parent / "tb" / path.name))
-            run.writer.add_text("arguments", str(run.state["header"]["arguments"]))
+            run.events = _open_events(path.parent / "tb" / path.name)
+            _record(run, "text", "arguments", str(run.state["header"]["arguments"]))
         save(run)
         _write_log(run)
     return run
@@ -411,7 +537,8 @@ def _header(args: argparse.Namespace, device: torch.device, known: Tensor) -> di
     """What a result depends on: arguments, versions, commit, device, who is known."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError):
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
     return {
@@ -437,10 +564,19 @@ def _new_state(split: open_set.Split, header: dict) -> dict:
     }
 
 
-def _load(path: Path, header: dict) -> dict:
-    """The run's checkpoint; UserError where it is damaged or of a different experiment."""
+def _load(path: Path, header: dict, fresh: dict) -> dict:
+    """The run's checkpoint; UserError where it is damaged or of a different experiment.
+
+    fresh: the state of a new run, which has the same form.
+    """
     try:
+        with zipfile.ZipFile(f"{path}.pt") as file:  # torch.load compares no checksum
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(f"{path}.pt", map_location="cpu", weights_only=True)
+        for key, value in fresh.items():
+            if value is not None and type(state[key]) is not type(value):
+                raise TypeError(key)
         before = state["header"]
         old, new = before["arguments"], header["arguments"]
         differ = [
@@ -461,7 +597,8 @@ def _load(path: Path, header: dict) -> dict:
     return state
 
 
-def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+@whole()
+def write_atomically(path: str, content: bytes | memoryview) -> None:
     """Write a file so that at any moment either the old or the new content is there, whole.
 
     Raises UserError where that is not possible; the old file is then as it was.
@@ -470,7 +607,7 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
     try:
         try:
             with open(temporary, "wb") as file:
-                write(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -479,10 +616,9 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # the renaming itself must outlive a power cut, too
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
         raise UserError(
-            f"cannot write {path}: {reason}; the last good checkpoint is kept: "
+            f"cannot write {path}: {error.strerror}; the last good checkpoint is kept: "
             "make room and go on with --resume"
         ) from None
 
@@ -490,26 +626,48 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
 def save(run: Run) -> None:
     """Write the checkpoint NAME.pt (rank 0 only)."""
     if run.text:
-        write_atomically(f"{run.path}.pt", lambda file: torch.save(run.state, file))
+        content = io.BytesIO()
+        torch.save(run.state, content)
+        write_atomically(f"{run.path}.pt", content.getbuffer())
 
 
 def _write_log(run: Run) -> None:
     """Write the measures so far to NAME.pkl, in the published format (rank 0 only)."""
     if run.text:
         log = pickle.dumps(run.state["log"], protocol=4)
-        write_atomically(f"{run.path}.pkl", lambda file: file.write(log))
+        write_atomically(f"{run.path}.pkl", log)
 
 
 def say(run: Run, line: str) -> None:
     """One line to the terminal and to NAME.log (rank 0 only)."""
     if run.text:
+        run.text.write(f"{line}\n".encode())
         tqdm.write(line)
         sys.stdout.flush()
-        try:
-            run.text.write(line + "\n")
-            run.text.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {run.path}.log: {error.strerror}") from None
+
+
+def _open_events(folder: Path) -> object:
+    """A new TensorBoard file in `folder`, written at once.
+
+    tensorboardX's SummaryWriter leaves the writing to a thread: what waits in its queue is lost
+    with the process, and when the thread has died of a full disk, the run waits for it for ever.
+    """
+    from tensorboardX import event_file_writer, record_writer  # slow to import
+
+    now = SimpleNamespace(open=lambda name: io.FileIO(name.removeprefix("now:"), "w"))
+    record_writer.register_writer_factory("now", now)
+    folder.mkdir(parents=True, exist_ok=True)
+    return event_file_writer.EventsWriter(f"now:{folder}/events", f".{os.getpid()}")
+
+
+def _record(run: Run, kind: str, name: str, value: object, step: int = 0) -> None:
+    """Write a "scalar" or "text" for TensorBoard (rank 0 only)."""
+    if run.events:
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
+        content = getattr(summary, kind)(name, value)
+        run.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -553,7 +711,7 @@ def training(run: Run, name: str) -> Iterator[dict]:
         if parallel.world() > 1:
             if epochs is None:
                 return
-            stopping = parallel.any_rank(stopping, run.device)
+            stopping = parallel.any_rank(stopping)
         due = epochs and (epochs % args.checkpoint_epochs == 0 or epochs == args.max_epoch)
         if (due or stopping) and run.text:
             state["training"] = {"name": name, **snapshot()}
@@ -562,18 +720,15 @@ def training(run: Run, name: str) -> Iterator[dict]:
             raise Stopped
 
     def report(epochs: int, loss: float) -> None:
-        if run.writer:
-            run.writer.add_scalar(f"loss/{name}", loss, state["round"] * args.max_epoch + epochs)
+        _record(run, "scalar", f"loss/{name}", loss, state["round"] * args.max_epoch + epochs)
 
-    _stop["waits"] = True
-    with run.timed("train"):
+    with whole(), run.timed("train"):
         yield {
             "generator": partial(run.generator, name),
             "state": earlier if earlier and earlier["name"] == name else None,
             "pause": pause,
             "report": report,
         }
-    _stop["waits"] = False
 
 
 def query(run: Run, network: models.ResNet, data: OpenSetData) -> Tensor:
@@ -603,6 +758,7 @@ def keep_query(run: Run, queried: Tensor) -> None:
     save(run)
 
 
+@whole()
 def end_round(run: Run, accuracy: float, queried: Tensor, known: Tensor) -> None:
     """Measure the round, let the oracle answer for `queried`, and write log and checkpoint.
 
@@ -617,15 +773,13 @@ def end_round(run: Run, accuracy: float, queried: Tensor, known: Tensor) -> None
     counts = {name: len(indices) for name, indices in split._asdict().items()}
     state.update(open_set.update(split, queried, known, run.args.drop_unknown)._asdict())
     state.update(round=done + 1, queried=None, training=None)
-    save(run)
-    _write_log(run)
     seconds = " ".join(f"{phase} {value:.1f}s" for phase, value in run.seconds.items())
     say(
         run,
         f"round {done}  " + " ".join(f"{name} {count}" for name, count in counts.items()) + "  "
         f"accuracy {accuracy:.2f} precision {precision:.3f} recall {recall:.3f}  {seconds}",
     )
-    if run.writer:
-        for name, value in ({f"count/{k}": v for k, v in counts.items()} | measures).items():
-            run.writer.add_scalar(name, value, done)
-        run.writer.flush()
+    for name, value in ({f"count/{k}": v for k, v in counts.items()} | measures).items():
+        _record(run, "scalar", name, value, done)
+    save(run)  # last: after a kill in between the round is told a second time, but never lost
+    _write_log(run)

@@ -18,7 +18,23 @@ The same for `resnet18`, whose stages change width through a 1x1 convolution, be
     256 channels  9*128*256 + 3*9*256*256 + 128*256 + 5*512                =  2,099,712
     512 channels  9*256*512 + 3*9*512*512 + 256*512 + 5*1024               =  8,393,728
                                                                      total = 11,168,832
-and a head of 512 F + F (to F features) plus F C + C.
+`resnet34`, likewise, with more blocks per stage:
+    stem          9*3*64 + 128                                             =      1,856
+    64 channels   6 * (9*64*64 + 128)                                      =    221,952
+    128 channels  9*64*128 + 7*9*128*128 + 64*128 + 9*256                  =  1,116,416
+    256 channels  9*128*256 + 11*9*256*256 + 128*256 + 13*512              =  6,822,400
+    512 channels  9*256*512 + 5*9*512*512 + 256*512 + 7*1024               = 13,114,368
+                                                                     total = 21,276,992
+`resnet50`: a block of width w on a channels is a w + 9 w w + 4 w w weights and 12 w of batch norm;
+the first of each stage widens its shortcut, 4 a w + 8 w:
+    stem          9*3*64 + 128                                             =      1,856
+    w = 64        58,112 + 16,896 + 2 * 70,400                             =    215,808
+    w = 128       247,296 + 132,096 + 3 * 280,064                          =  1,219,584
+    w = 256       986,112 + 526,336 + 5 * 1,117,184                        =  7,098,368
+    w = 512       3,938,304 + 2,101,248 + 2 * 4,462,592                    = 14,964,736
+                                                                     total = 23,500,352
+The head is P F + F (pooled vector of P to F features; P = 512, resnet50 2048, resnet20 64) plus
+F C + C, or P C + C without a feature layer.
 """
 
 import copy

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from datasets import OpenSetData, augment
 from datasets.augment import Images
-from query_strategies import PoolOutputs
+from query_strategies import Diverged, PoolOutputs
 
 from . import center_loss, parallel
 from .resnet import ResNet, fold_batchnorm
@@ -23,8 +23,8 @@ WEIGHT_DECAY = 5e-4  # published
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 
 
-class Diverged(Exception):
-    """A loss or an output is no longer a finite number; one line for the user."""
+class Misfit(Exception):
+    """A snapshot to go on from is of another network; one line for the user."""
 
 
 def batch_loss(
@@ -66,7 +66,7 @@ def train(
     state: what `snapshot` returned in an earlier process, to go on from there.
     pause(epochs done, or None within an epoch; snapshot) follows every step,
     report(epochs done, mean loss) every epoch. Under torchrun the ranks share out each batch.
-    Raises Diverged after an epoch whose loss is not finite.
+    Raises Diverged after an epoch whose loss is not finite, Misfit where state does not fit.
     """
     device = data.train.pixels.device
     count, amp = len(indices), AMP[args.amp]
@@ -86,15 +86,20 @@ def train(
         parts |= {"centers": centers, "center_optimizer": center_optimizer}
     epoch, step, loss_sum = 0, 0, torch.zeros((), device=device)
     if state is not None:
-        epoch, step, loss_sum = state["epoch"], state["step"], loss_sum + state["loss"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            epoch, step, loss_sum = state["epoch"], state["step"], loss_sum + state["loss"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # torch names no common class
+            raise Misfit("the checkpoint is of another network: start with --overwrite") from error
 
     def snapshot() -> dict:
         where = {"epoch": epoch, "step": step, "loss": _finite(loss_sum, epoch)}
         return where | {name: part.state_dict() for name, part in parts.items()}
 
-    module = DistributedDataParallel(network) if parallel.world() > 1 else network
+    module = network
+    if parallel.world() > 1:
+        module = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     network.train()
     bar = _bar("train", total=args.max_epoch, initial=epoch)
     while epoch < args.max_epoch:
@@ -138,6 +143,9 @@ def train(
         bar.update()
         pause(epoch, snapshot)
     bar.close()
+    # Batch norm's running statistics: DistributedDataParallel copies rank 0's before every step,
+    # hence not after the last one, which some ranks may have done on a stand-in image.
+    parallel.copy_rank0(network.buffers())
 
 
 @torch.inference_mode()
@@ -216,17 +224,19 @@ def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> 
 
 
 def evaluate(network: ResNet, data: OpenSetData, args: Namespace) -> float:
-    """Accuracy on the test images of the known classes, in percent (on rank 0; else 0).
+    """Accuracy on the test images of the known classes, in percent.
 
     Raises Diverged where the network's outputs are not finite.
     """
     logits = score(network, data.test, torch.arange(data.test.count), args).logits
-    if logits is None:
-        return 0.0
-    if not torch.isfinite(logits).all():
-        raise Diverged("the classifier's outputs are not finite")
-    correct = (logits.argmax(1) == data.test_targets).sum()
-    return 100 * int(correct) / len(data.test_targets)
+
+    def accuracy() -> float:
+        if not torch.isfinite(logits).all():
+            raise Diverged("the classifier's outputs are not finite: lower --lr-model")
+        correct = (logits.argmax(1) == data.test_targets).sum()
+        return 100 * int(correct) / len(data.test_targets)
+
+    return parallel.from_rank0(accuracy)
 
 
 @functools.cache
@@ -238,7 +248,7 @@ def _compiled(function: Callable) -> Callable:
 def _finite(loss_sum: Tensor, epoch: int) -> float:
     loss = float(loss_sum)
     if not math.isfinite(loss):
-        raise Diverged(f"the training loss became {loss} in epoch {epoch + 1}")
+        raise Diverged(f"the training loss became {loss} in epoch {epoch + 1}: lower --lr-model")
     return loss
 
 

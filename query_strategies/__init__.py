@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import av_based, av_temperature, bald, kmeans, random_sampling, uncertainty
-from .outputs import PoolOutputs
+from .outputs import Diverged, PoolOutputs
 
 # What --query-strategy offers, in both scripts; NEEDS_DETECTOR = True in a module keeps it to
 # AL_center_temperature.py.
@@ -33,11 +33,11 @@ def select(name: str, outputs: PoolOutputs, count: int, generator: torch.Generat
     """Positions in the pool that strategy `name` queries: (min(count, n),) int64, on the CPU.
 
     Distinct, in 0..n-1, best first; draws only from `generator`, a CPU one. A pool smaller than
-    `count` is queried whole. Raises ValueError where an output the strategy reads is not finite.
+    `count` is queried whole. Raises Diverged where an output the strategy reads is not finite.
     """
     for field in STRATEGIES[name].READS:
         if not torch.isfinite(getattr(outputs, field)).all():
-            raise ValueError(f"the pool's {field} are not finite")
+            raise Diverged(f"the pool's {field} are not finite: lower --lr-model")
     if outputs.size <= count:
         return torch.arange(outputs.size)
     return STRATEGIES[name].query(outputs, count, generator).cpu()

@@ -34,7 +34,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
 
 def nearest_distinct(centers: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """For each centre, in order, the nearest image not taken before: (k,) int64.
+    """For each centre its nearest image; of centres that share one, see `query`: (k,) int64.
 
     centers: (k, F), features: (n, F), k <= n.
     """

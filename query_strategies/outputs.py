@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class Diverged(ValueError):
+    """A loss or an output is no longer a finite number; one line for the user."""
+
+
 class PoolOutputs(NamedTuple):
     """The querying network's outputs on n pool images, row i for pool position i.
 
