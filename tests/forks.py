@@ -5,6 +5,7 @@ output, and runs the script as __main__. So a test can start, and kill, as many 
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +17,8 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BASELINE, LFOSA = "AL_center.py", "AL_center_temperature.py"
+UNTRAINED = ["--use-cpu", "--max-epoch", "0", "--query-strategy", "random", "--max-query", "2"]
 LIMIT = 300  # seconds after which a fork that hangs is killed
 
 
@@ -26,6 +29,7 @@ class Forks:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.server = subprocess.Popen([sys.executable, __file__], **pipes, text=True, env=env)
+        assert self.server.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *_):
@@ -53,23 +57,54 @@ class Forks:
         return self.wait(self.start(cwd, script, *arguments, before=before))
 
 
+def at(module, function, call, action):
+    """Source for Forks: at this call of module.function (or class.method) first do `action`."""
+    return f"""
+import os, pathlib, pkgutil, signal, time
+module = pkgutil.resolve_name({module!r})
+original, left = module.{function}, {call}
+def replacement(*args, **kwargs):
+    global left
+    left -= 1
+    if left == 0:
+        {action}
+    return original(*args, **kwargs)
+module.{function} = replacement
+"""
+
+
+def find(folder, suffix):
+    """The one file of a run in folder/log_AL that has the suffix; None without any."""
+    files = list((folder / "log_AL").glob(f"*.{suffix}"))
+    assert len(files) <= 1
+    return files[0] if files else None
+
+
+def assert_ends_well(ran):
+    assert (ran.returncode, ran.stderr) == (0, ""), ran
+    assert "finished after" in ran.stdout
+
+
+def assert_one_line(ran, *parts):
+    """It ended with exit status 2 and one line on stderr that has these parts."""
+    assert ran.returncode == 2, ran
+    assert len(ran.stderr.splitlines()) == 1, ran
+    for part in ("error: ", *parts):
+        assert part in ran.stderr, ran
+
+
 def serve():
     """Fork for every request on stdin that asks for a script, until stdin is closed."""
-    import sklearn.datasets  # noqa: F401 - these four, so that no fork need import them
-    import sklearn.mixture  # noqa: F401
-    import sklearn.model_selection  # noqa: F401
-    import tensorboardX.summary  # noqa: F401
-    import torch
-
-    import utils  # noqa: F401
-
-    torch.set_num_threads(1)  # threads do not survive a fork
+    for name in ("utils", "sklearn.datasets", "sklearn.model_selection", "tensorboardX"):
+        importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)  # threads do not survive a fork
     gc.freeze()  # or every fork copies all of this on its first collection
-    running = {}
+    started = {}
+    print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            argv, *files = running.pop(request["wait"])
+            argv, *files = started.pop(request["wait"])
             _, status = os.waitpid(request["wait"], 0)
             reply = {"args": argv, "returncode": os.waitstatus_to_exitcode(status)}
             for name, file in zip(("stdout", "stderr"), files, strict=True):
@@ -77,19 +112,20 @@ def serve():
                 reply[name] = file.read()
                 file.close()
         else:
-            files = [tempfile.TemporaryFile("w+", buffering=1) for _ in range(2)]
+            files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
             reply = os.fork()
             if reply == 0:
                 run(files, **request)
-            running[reply] = (request["argv"], *files)
+            started[reply] = (request["argv"], *files)
         print(json.dumps(reply), flush=True)
 
 
 def run(files, cwd, argv, before):
-    """In the fork: become the script, and leave out the interpreter's clean-up, slow after forks."""
+    """In the fork: become the script, without the interpreter's clean-up, slow in a fork."""
     signal.alarm(LIMIT)
     os.chdir(cwd)
-    for number, file in zip((0, 1, 2), (open(os.devnull), *files), strict=True):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in enumerate(files, 1):
         os.dup2(file.fileno(), number)
     sys.argv = argv
     try:

@@ -174,6 +174,10 @@ def jpeg(rng, size=(64, 64), mode="RGB"):
 
 @pytest.fixture
 def members():
+    return small_archive()
+
+
+def small_archive():
     """Content of a small archive by name, in an order that is not the one of the labels."""
     rng = np.random.default_rng(0)
     files = {f"{ROOT}/": b"", f"{ROOT}/wnids.txt": b"n10\nn01\nn02\n"}
