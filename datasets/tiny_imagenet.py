@@ -11,6 +11,7 @@ import http.client
 import io
 import os
 import re
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -90,6 +91,10 @@ def decode(source: Path, names: Iterable[str], read: Callable[[str], bytes], cac
         size = "x".join(map(str, image.size))
         raise _unusable(source, f"holds {name} of {size} instead of {SIZE}x{SIZE} pixels")
 
+    for left in cache.parent.glob(f"{cache.name}.*.tmp"):  # by processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:  # seconds; others write all the time
+                left.unlink()
     partial = cache.with_name(f"{cache.name}.{uuid4().hex}.tmp")  # two runs may decode at once
     try:
         with open(partial, "xb") as file:

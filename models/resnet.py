@@ -114,7 +114,7 @@ class ResNet(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> the backbone's pooled vector (B, pooled_dim)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.stages(x).mean((2, 3))
 
     def head(self, pooled: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,12 +120,12 @@ def train(
             # One shape, hence one compilation: the last partial batch runs as it is.
             whole = end - begin == args.batch_size
             loss_of = _compiled(batch_loss) if args.compile and whole else batch_loss
+            optimizer.zero_grad()
             features, loss = loss_of(module, images, targets, temperature, amp)
             loss_sum += loss.detach() * (weight > 0)
             if centers is not None:
                 center_optimizer.zero_grad()
                 loss = loss + args.weight_cent * centers(features, targets)
-            optimizer.zero_grad()
             scaler.scale(loss * weight).backward()
             scaler.step(optimizer)
             if centers is not None:
@@ -241,8 +241,13 @@ def evaluate(network: ResNet, data: OpenSetData, args: Namespace) -> float:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """torch.compile, once per function; with CUDA graphs where there is CUDA."""
-    return torch.compile(function, mode="reduce-overhead" if torch.cuda.is_available() else None)
+    """torch.compile, once per function; with CUDA graphs where there is CUDA.
+
+    A graph's outputs are overwritten by its next run: whatever outlives a batch is copied or added
+    up before. A new network has new addresses, so its first batch records the graph anew.
+    """
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    return torch.compile(function, mode=mode, dynamic=False)
 
 
 def _finite(loss_sum: Tensor, epoch: int) -> float:

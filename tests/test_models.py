@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
@@ -620,7 +620,7 @@ def test_cuda_path_mixes_no_devices(name, monkeypatch):
         raise Interrupted
 
     monkeypatch.setattr(training, "batch_loss", loss_alone)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [0] * len(tensor))  # no values
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
     mode = FakeTensorMode()
     mode.__deepcopy__ = lambda memo: mode  # fold_batchnorm copies the network
     device, args = torch.device("cuda"), settings()

@@ -194,3 +194,9 @@ def test_random_baseline_follows_from_counting(reading):
 
     assert largest_difference(COUNTED[reading]) < 0.01
     assert (largest_difference(PUBLISHED) < 0.01) == (reading == "unknown stays")
+
+
+def test_decimal_percentages_are_taken_as_typed():
+    known = torch.arange(500) < 375
+    split = open_set.initial_split(known, 18.4, torch.Generator().manual_seed(0))
+    assert len(split.labeled) == 69  # 375 * 18.4 / 100 is 68.99999999999999 in binary
