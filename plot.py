@@ -399,7 +399,9 @@ def table(curves: list[Curve]) -> list[str]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; sys.argv where argv is None."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,  # the examples say it, and an error is one line without it
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     text = "folders with the logs (.pkl) of the two scripts (default: log_AL)"

@@ -393,17 +393,19 @@ def run_script(main: Callable[[], None]) -> None:
         if first or (joined and not isinstance(error, alike)):
             tell(error)
         status = 2
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        tell("out of memory: lower --batch-size or --eval-batch-size, or choose a smaller --model")
-        status = 2
     except Stopped:
         status = 128 + (_stop["signal"] or signal.SIGTERM)  # another rank's, where it is not ours
-    except RuntimeError as error:
-        if not parallel.lost(error):
+    except (MemoryError, RuntimeError) as error:
+        full = MemoryError, torch.cuda.OutOfMemoryError
+        if isinstance(error, full) or "DefaultCPUAllocator" in str(error):
+            tell("out of memory: lower --batch-size, --eval-batch-size or --mc-samples")
+            status = 2
+        elif parallel.lost(error):
+            status = 128 + _stop["signal"] if _stop["signal"] else 1
+            if status == 1:
+                tell("another process of this run has ended; going on is possible with --resume")
+        else:
             raise
-        status = 128 + _stop["signal"] if _stop["signal"] else 1
-        if status == 1:
-            tell("another process of this run has ended; going on is possible with --resume")
     try:
         if status > 128 and parallel.rank() == 0:
             words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
@@ -480,9 +482,9 @@ def _check_files(args: argparse.Namespace) -> None:
     # Weights and momentum, 4 bytes each, and the old checkpoint stays until the new one is whole.
     need = 2 * 8 * sum(parameter.numel() for parameter in network.parameters())
     need -= os.path.getsize(checkpoint) if checkpoint in there else 0
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        megabytes = f"{need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+    disk = shutil.disk_usage(parent)
+    if disk.free < need and disk.total:  # some file systems do not tell
+        megabytes = f"{need / 1e6:.0f} MB, {disk.free / 1e6:.0f} MB are free"
         raise UserError(f"--save-dir {args.save_dir}: checkpoints need another {megabytes}")
 
 

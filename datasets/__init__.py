@@ -30,24 +30,24 @@ class Dataset(NamedTuple):
     defaults: dict  # arguments whose published value depends on the data set
 
 
-_CIFAR = dict(max_epoch=100, query_batch=1500, model="resnet18", feat_dim=2, batch_size=128)
-_CIFAR |= dict(lr_model=0.01)
+_PUBLISHED = dict(query_batch=1500, max_epoch=100, model="resnet18", feat_dim=2)
+_PUBLISHED |= dict(batch_size=128, lr_model=0.01)
 
 DATASETS = {
     "cifar10": Dataset(
         partial(cifar.load, name="cifar10"),
         *("cifar", 10, cifar.MEAN["cifar10"], cifar.STD["cifar10"], 4, True),
-        dict(known_class=2, init_percent=1, **_CIFAR),
+        dict(known_class=2, init_percent=1, **_PUBLISHED),
     ),
     "cifar100": Dataset(
         partial(cifar.load, name="cifar100"),
         *("cifar", 100, cifar.MEAN["cifar100"], cifar.STD["cifar100"], 4, True),
-        dict(known_class=20, init_percent=8, **_CIFAR),
+        dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "TinyImagenet": Dataset(
         tiny_imagenet.load,
         *("tinyimagenet", 200, tiny_imagenet.MEAN, tiny_imagenet.STD, 8, True),
-        dict(known_class=20, init_percent=8, **_CIFAR),
+        dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "digits": Dataset(
         digits.load,

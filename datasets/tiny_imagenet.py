@@ -140,7 +140,7 @@ def _members(source: Path, names: Iterable[str], read: Callable[[str], bytes]) -
     test = {m[1]: (int(m[2]), m[0]) for m in map(_TEST.fullmatch, names) if m}
     labels = {}
     for number, line in enumerate(lines, 1):
-        name, wnid = (line.split("\t") + [""])[:2]
+        name, wnid = [*line.split("\t"), ""][:2]
         if name not in test or wnid not in classes:
             what = f"unknown class {wnid}" if name in test else f"missing image {name}"
             raise _unusable(source, f"names {what} in line {number} of {_ANNOTATIONS}")

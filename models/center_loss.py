@@ -12,7 +12,7 @@ class CenterLoss(nn.Module):
 
     def __init__(self, num_classes: int, feature_dim: int) -> None:
         super().__init__()
-        self.centers = nn.Parameter(torch.randn(num_classes, feature_dim))
+        self.centers = nn.Parameter(torch.empty(num_classes, feature_dim))
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
         """features: (B, F), targets: (B,) int64 in 0..num_classes-1. Returns a scalar."""

@@ -38,9 +38,11 @@ F C + C, or P C + C without a feature layer.
 """
 
 import copy
+import itertools
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -138,11 +140,9 @@ def fold_batchnorm(network: ResNet) -> ResNet:
     folded = copy.deepcopy(network).eval()
     for module in list(folded.modules()):
         names = [name for name, _ in module.named_children()]
-        for conv, norm in zip(names, names[1:], strict=False):  # registered one after the other
-            pair = getattr(module, conv), getattr(module, norm)
-            if isinstance(pair[0], nn.Conv2d) and isinstance(
-                pair[1], nn.modules.batchnorm._BatchNorm
-            ):
-                setattr(module, conv, fuse_conv_bn_eval(*pair))
-                setattr(module, norm, nn.Identity())
+        for first, second in itertools.pairwise(names):  # registered one after the other
+            conv, norm = getattr(module, first), getattr(module, second)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
     return folded

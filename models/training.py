@@ -1,6 +1,7 @@
 """How a network is trained, evaluated and applied to the pool."""
 
 import functools
+import itertools
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -171,7 +172,7 @@ def score(
     device, size, amp = images.pixels.device, args.eval_batch_size, AMP[args.amp]
     # Whole batches are shared out, so that each is the same computation on any number of ranks.
     edges = [min(e * size, len(indices)) for e in parallel.bounds(math.ceil(len(indices) / size))]
-    counts = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    counts = [end - begin for begin, end in itertools.pairwise(edges)]
     mine = slice(edges[parallel.rank()], edges[parallel.rank() + 1])
     # One shape, hence one compilation: the last batch is filled up, and its surplus cut off.
     n = counts[parallel.rank()]

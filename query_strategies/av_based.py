@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .outputs import PoolOutputs, highest
@@ -43,10 +44,11 @@ def known_probability(logits: Tensor, generator: torch.Generator) -> Tensor:
     seeds = torch.randint(2**31, (len(sizes),), generator=generator).tolist()
     probability = np.full(len(values), NO_CANDIDATE)
     end = 0
-    for size, seed in zip(sizes, seeds, strict=True):
-        begin, end = end, end + size
-        if size >= 2:
-            probability[begin:end] = _upper_posterior(values[begin:end], seed)
+    with threadpool_limits(1):  # more threads only wait for each other on so few numbers
+        for size, seed in zip(sizes, seeds, strict=True):
+            begin, end = end, end + size
+            if size >= 2:
+                probability[begin:end] = _upper_posterior(values[begin:end], seed)
     scores = torch.empty(len(values), dtype=torch.float64, device=logits.device)
     return scores.index_copy_(0, by_class, torch.from_numpy(probability).to(logits.device))
 

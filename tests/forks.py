@@ -28,7 +28,9 @@ class Forks:
     def __enter__(self):
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen([sys.executable, __file__], **pipes, text=True, env=env)
+        # It does have threads, of libraries, which OMP_NUM_THREADS=1 keeps from working.
+        command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", __file__]
+        self.server = subprocess.Popen(command, **pipes, text=True, env=env)
         assert self.server.stdout.readline() == "ready\n"
         return self
 

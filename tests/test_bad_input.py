@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -15,6 +17,7 @@ from forks import BASELINE, LFOSA, UNTRAINED, assert_ends_well, assert_one_line,
 from test_loaders import IMAGE, small_archive
 
 import plot
+import utils
 from datasets import tiny_imagenet
 
 NOWHERE = "http://127.0.0.1:9"  # no proxy listens there
@@ -22,7 +25,7 @@ OFFLINE = (
     f"import os; os.environ.update(http_proxy={NOWHERE!r}, https_proxy={NOWHERE!r}, no_proxy='')"
 )
 ONE_GPU = "import torch; torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"
-FULL = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=9)"
+FULL = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(total=9, free=9)"
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +159,17 @@ for what, changes, parts in (
 
 
 @pytest.mark.parametrize(("script", "arguments", "parts", "before"), CASES)
-def test_bad_input(forks, tried, tmp_path, script, arguments, parts, before):
+def test_bad_input(forks, tried, tmp_path, monkeypatch, capsys, script, arguments, parts, before):
     folders = ["--save-dir", "new/logs", "--data-dir", "data"]
     if callable(before):
         before = before(tmp_path / "data")
     words = arguments.split(" ") if arguments else []
-    ran = forks.run(tmp_path, script, *folders, *words, before=before)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    try:  # what the parser refuses needs no process of its own
+        utils.parse_arguments("", detector=script == LFOSA)
+        ran = forks.run(tmp_path, script, *folders, *words, before=before)
+    except SystemExit as end:
+        ran = subprocess.CompletedProcess(words, end.code, *capsys.readouterr())
     assert_one_line(ran, *parts)
     tried.append(arguments)
     assert {file.name for file in tmp_path.iterdir()} <= {"data"}
@@ -331,8 +339,9 @@ def test_diverging_at_once(forks, tmp_path):
 
 def test_diverging_leaves_the_last_good_checkpoint(forks, tmp_path):
     arguments = ["--use-cpu", "--max-epoch", "2", "--max-query", "2", "--checkpoint-epochs", "1"]
+    arguments += ["--init-percent", "5", "--batch-size", "16", "--query-batch", "1"]
     action = "features, loss = original(*args); return features, loss * float('nan')"
-    before = at("models.training", "batch_loss", 17, action)
+    before = at("models.training", "batch_loss", 7, action)  # two calls per epoch
     ran = forks.run(tmp_path, BASELINE, *arguments, before=before)
     assert_one_line(ran, "the training loss became nan in epoch 2")
     state = torch.load(find(tmp_path, "pt"), weights_only=True)
@@ -340,6 +349,20 @@ def test_diverging_leaves_the_last_good_checkpoint(forks, tmp_path):
     assert_ends_well(forks.run(tmp_path, BASELINE, *arguments, "--resume"))
     assert_ends_well(forks.run(tmp_path, BASELINE, *arguments, "--save-dir", "whole/log_AL"))
     assert find(tmp_path, "pkl").read_bytes() == find(tmp_path / "whole", "pkl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "MemoryError()",
+        "__import__('torch').cuda.OutOfMemoryError('CUDA out of memory.')",
+        "RuntimeError('[enforce fail] DefaultCPUAllocator: cannot allocate memory')",
+    ],
+)
+def test_out_of_memory(forks, tmp_path, error):
+    before = at("models.training", "_forward", 1, f"raise {error}")
+    ran = forks.run(tmp_path, BASELINE, *UNTRAINED, before=before)
+    assert_one_line(ran, "out of memory: lower --batch-size")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 # BALD, for the stream of its dropout masks
 SCRIPTS = [(BASELINE, ("--query-strategy", "BALD", "--mc-samples", "4")), (LFOSA, ())]
-TINY = ["--use-cpu", "--max-epoch", "2", "--checkpoint-epochs", "1"]
+TINY = ["--use-cpu", "--max-epoch", "2", "--checkpoint-epochs", "1", "--init-percent", "5"]
+TINY += ["--query-batch", "20", "--batch-size", "16"]  # two steps per epoch in the first round
 KILLS = 20  # per script
 NO_SPACE = "raise OSError(28, 'No space left on device')"
 
@@ -88,12 +89,12 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script, strateg
     rounds, kills, inside, done = 2, 0, 0, 0
     while True:
         arguments = [*TINY, *strategy, "--max-query", rounds]
-        before, writes = "", draws.random() < 0.4
+        before, writes = "", kills % 3 == 2  # every third kill
         if kills < KILLS and writes:
             function, action = draws.choice(INSIDE_A_WRITE)
-            before = at("os", function, draws.randint(1, 12), action)
+            before = at("os", function, draws.randint(1, 8), action)
         pid = forks.start(tmp_path, script, *arguments, "--resume", before=before)
-        if kills < KILLS and not before:
+        if kills < KILLS and not writes:
             time.sleep(draws.uniform(0, 1.5 * brief))
             os.kill(pid, signal.SIGKILL)
         ran = forks.wait(pid)
@@ -115,14 +116,13 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script, strateg
     steps = {("Recall", q) for q in range(rounds)}
     steps |= {(f"loss/{network}", step) for step in range(1, 2 * rounds + 1)}
     assert steps <= scalars(tmp_path)
-    assert inside > 0
     print(f"{script}: kills survived: {kills} ({inside} inside a write), in {rounds} rounds")
 
 
 STOPS = {  # where, and of which script and signal
     "reading the data": ("sklearn.datasets", "load_digits", 1, BASELINE, signal.SIGINT),
-    "a step": ("models.training", "batch_loss", 2, BASELINE, signal.SIGTERM),
-    "a step of the classifier": ("models.training", "batch_loss", 13, LFOSA, signal.SIGINT),
+    "a step": ("models.training", "batch_loss", 1, BASELINE, signal.SIGTERM),
+    "a step of the classifier": ("models.training", "batch_loss", 5, LFOSA, signal.SIGINT),
     "a write": ("os", "fsync", 7, LFOSA, signal.SIGTERM),
     "scoring": ("models.training", "_forward", 2, BASELINE, signal.SIGTERM),
     "the query": ("utils", "select", 1, LFOSA, signal.SIGINT),
@@ -143,13 +143,10 @@ def test_stopped_and_resumed(forks, reference, tmp_path, place):
 
     checkpoint, _ = read(tmp_path)
     if place == "a step":
-        assert checkpoint["training"]["step"] == 2  # it was finished and kept
+        assert checkpoint["training"]["step"] == 1  # it was finished and kept
     elif place == "reading the data":
         assert checkpoint is None
-    if place == "a step of the classifier":  # once by a true shell
-        ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    else:
-        ran = forks.run(tmp_path, *words)
+    ran = forks.run(tmp_path, *words)
     assert_ends_well(ran)
     assert ("starting fresh" in ran.stdout) == (place == "reading the data")
     assert find(tmp_path, "pkl").read_bytes() == reference(script, *arguments)
@@ -166,7 +163,7 @@ def test_stopped_and_resumed(forks, reference, tmp_path, place):
 def test_second_signal(forks, tmp_path, numbers, status):
     # One by one: of two that are pending the interpreter sees the lower number first.
     action = send(numbers[0]) + "; time.sleep(0); " + send(numbers[1])
-    before = at("models.training", "batch_loss", 2, action)
+    before = at("models.training", "batch_loss", 1, action)
     ran = forks.run(tmp_path, BASELINE, *TINY, before=before)
     assert (ran.returncode, ran.stderr) == (status, "")
 
@@ -230,11 +227,10 @@ def test_full_disk(forks, reference, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        *(("os", "fsync", call) for call in range(1, 9)),
-        ("os", "replace", 2),
+        *(("os", "fsync", call) for call in (1, 3, 5, 8)),  # .pt, .pkl, .pt, the folder of .pkl
         ("os", "replace", 3),
-        *(("tensorboardX.record_writer", "masked_crc32c", call) for call in (3, 9)),
-        *(("tqdm:tqdm", "write", call) for call in (1, 2)),
+        ("tensorboardX.record_writer", "masked_crc32c", 9),
+        ("tqdm:tqdm", "write", 2),
     ],
 )
 def test_no_space_anywhere(forks, reference, tmp_path, place):

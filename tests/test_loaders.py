@@ -363,6 +363,16 @@ def test_tiny_imagenet_crash_while_decoding(tmp_path, members, monkeypatch):
     check_arrays(tiny_imagenet.load(tmp_path), expected(members))
 
 
+def test_tiny_imagenet_removes_what_a_kill_has_left(tmp_path, members, monkeypatch):
+    make_zip(tmp_path, members, monkeypatch)
+    old, new = (tmp_path / f"{ROOT}.npy.{name}.tmp" for name in ("old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    check_arrays(tiny_imagenet.load(tmp_path), expected(members))
+    assert new.exists() and not old.exists()  # another process may be writing the new one
+
+
 def test_tiny_imagenet_disk_full(tmp_path, members, monkeypatch):
     make_zip(tmp_path, members, monkeypatch)
 

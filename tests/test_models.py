@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
@@ -606,6 +606,10 @@ def test_compilation_happens_in_the_first_round_only_and_changes_nothing(compila
 # ---- CUDA --------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and not torch.cuda.is_available(),
+    reason="fake CUDA tensors of this PyTorch ask for a real device in cross_entropy",
+)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_cuda_path_mixes_no_devices(name, monkeypatch):
@@ -629,7 +633,7 @@ def test_cuda_path_mixes_no_devices(name, monkeypatch):
             network = models.ResNet(name, 5, 2, 0.5)
         data, index = make_data(20, device=device), torch.arange(20)
         parameters = augment.draw(data.train, 20, generator(0))
-        with pytest.raises(FakeTensorDeviceMismatchError):  # it does refuse
+        with pytest.raises(RuntimeError, match="device"):  # it does refuse
             augment.augment(data.train, index, parameters.to(device))
         with pytest.raises(Interrupted):
             train(network, data, index, args, temperature=[0.5] * 5)
