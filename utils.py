@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -294,9 +295,24 @@ def setup_device(args: argparse.Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    if not cuda and not args.use_cpu and parallel.rank() == 0:
+    if cuda:
+        return torch.device("cuda", ids[local_rank])
+    if not args.use_cpu and parallel.rank() == 0:
         print("no CUDA device: using the CPU")
-    return torch.device("cuda", ids[local_rank]) if cuda else torch.device("cpu")
+    keep_memory()
+    return torch.device("cpu")
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed for the next step, as PyTorch does on CUDA.
+
+    glibc hands every block above 32 MiB back to the kernel, which clears it page by page when it is
+    asked for again: of the published batch, most activations and gradients, in every step.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no block is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nor does the heap shrink
 
 
 def load(args: argparse.Namespace, device: torch.device) -> OpenSetData:

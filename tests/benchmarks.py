@@ -1,11 +1,10 @@
 """How fast the project is and how much memory it needs, mostly as ratios of two measurements.
 
-Times of one machine say little about another, and those of a shared machine drift. So every ratio
-is of two things that took turns in one run (A B A B ...). Most are compared with a plain loop as
-the field writes it, which this file contains: PIL transforms in a DataLoader, contiguous tensors,
-a temperature per sample in float64, gradients on while the pool is scored, results pulled to the
-host batch by batch. All images are random pixels of CIFAR-100's size and number; nothing is
-downloaded.
+Times of one machine say little about another, and those of a shared machine drift. So a ratio is
+of two things that took turns in one run: A B A B ... Most are compared with a plain loop as the
+field writes it, which is in this file: PIL transforms in a DataLoader, contiguous tensors, a
+temperature per sample in float64, gradients on while the pool is scored, every result pulled to
+the host. All images are random pixels of CIFAR-100's size and number; nothing is downloaded.
 
 example:
   python -m tests.benchmarks --out benchmark.json
@@ -13,13 +12,14 @@ example:
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import platform
 import runpy
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,18 +27,20 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import models
@@ -48,14 +50,11 @@ from models import training
 from query_strategies import STRATEGIES, PoolOutputs, select
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "AL_center_temperature.py"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CIFAR = DATASETS["cifar100"]
-K, QUERIED = CIFAR.defaults["known_class"], CIFAR.defaults["query_batch"]
-BATCH, LABELED = CIFAR.defaults["batch_size"], 800  # images per step, and at the start
-STYLE = transforms.ToTensor(), transforms.Normalize(CIFAR.mean, CIFAR.std)
-AUGMENTED = (transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip())
-AUGMENTED = transforms.Compose([*AUGMENTED, transforms.RandomRotation(15), *STYLE])
-SCRIPT = "AL_center_temperature.py"
+K, QUERIED, BATCH = (CIFAR.defaults[k] for k in ("known_class", "query_batch", "batch_size"))
+LABELED = 800  # images of the known classes at the start of a published run
 
 
 class Table:
@@ -66,32 +65,23 @@ class Table:
         print("| measure | ours | reference | ratio: median (min-max) | target | reached |")
         print("|---|---|---|---|---|---|", flush=True)
 
-    def add(
-        self,
-        measure: str,
-        unit: str,
-        ours: list[float],
-        reference: list[float] | None = None,
-        target: str = "",
-    ) -> None:
-        """One row; the samples of `ours` and `reference` were taken in turn.
+    def add(self, measure, unit, ours, reference=(), target="") -> None:
+        """One row: samples of ours and, taken in turn with them, of the reference.
 
-        The ratio is ours / reference. target: '<= x' or '>= x', of the ratio; without a
-        reference, of ours.
+        The ratio is ours / reference. target: '<= x' or '>= x' of it, or of ours if that is all.
         """
-        ratios = [a / b for a, b in zip(ours, reference or [], strict=False)]
-        middle, spread = statistics.median(ratios or ours), sorted(ratios or ours)
-        reached = None
+        ratios = [a / b for a, b in zip(ours, reference, strict=False)]
+        value, reached = median(ratios or ours), None
         if target:
             limit = float(target[3:])
-            reached = middle <= limit if target.startswith("<=") else middle >= limit
-        cells = [measure, *(f"{statistics.median(x):.4g} {unit}" if x else "" for x in
-                            (ours, reference))]  # fmt: skip
-        cells.append(f"{middle:.3g} ({spread[0]:.3g}-{spread[-1]:.3g})" if ratios else "")
-        cells += [target, {None: "", True: "yes", False: "**no**"}[reached]]
-        print(f"| {' | '.join(cells)} |", flush=True)
-        row = dict(measure=measure, unit=unit, ours=ours, reference=reference, ratios=ratios)
-        self.rows.append(row | dict(target=target, reached=reached))
+            reached = value <= limit if target.startswith("<=") else value >= limit
+        cells = [measure, *(f"{median(x):.4g} {unit}" if x else "" for x in (ours, reference))]
+        cells.append(f"{value:.3g} ({min(ratios):.3g}-{max(ratios):.3g})" if ratios else "")
+        print("|", " | ".join([*cells, target, {None: "", True: "yes", False: "no"}[reached]]), "|")
+        sys.stdout.flush()
+        names = ("measure", "unit", "ours", "reference", "ratios", "target", "reached")
+        row = (measure, unit, ours, reference, ratios, target, reached)
+        self.rows.append(dict(zip(names, row, strict=True)))
 
 
 def seconds(function: Callable) -> float:
@@ -104,9 +94,9 @@ def seconds(function: Callable) -> float:
 
 
 def in_turn(repeats: int, *functions: Callable) -> list[list[float]]:
-    """Seconds of each function, `repeats` samples each: A B C A B C ..."""
-    rounds = [[seconds(function) for function in functions] for _ in range(repeats)]
-    return [list(samples) for samples in zip(*rounds, strict=True)]
+    """Seconds of each function, `repeats` samples of each: A B C A B C ..."""
+    samples = [[seconds(function) for function in functions] for _ in range(repeats)]
+    return [list(column) for column in zip(*samples, strict=True)]
 
 
 def rates(work: float, samples: list[float]) -> list[float]:
@@ -117,12 +107,16 @@ def rates(work: float, samples: list[float]) -> list[float]:
 # ---------------------------------------------------------------------------------------------
 # The plain loop
 
+AS_TENSOR = [transforms.ToTensor(), transforms.Normalize(CIFAR.mean, CIFAR.std)]
+MOVED = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()]
+MOVED += [transforms.RandomRotation(15)]
+
 
 class PlainImages(Dataset):
     """One PIL image at a time."""
 
-    def __init__(self, pixels: np.ndarray, labels: list[int], transform: Callable) -> None:
-        self.pixels, self.labels, self.transform = pixels, labels, transform
+    def __init__(self, pixels: np.ndarray, labels: list[int], steps: list[Callable]) -> None:
+        self.pixels, self.labels, self.transform = pixels, labels, transforms.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,15 +125,16 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.pixels[i])), self.labels[i], i
 
 
-def plain_epoch(network, optimizer, images: PlainImages) -> None:
-    """An epoch of the detector with temperature 0.5 for known and unknown images."""
+def plain_epoch(network, optimizer, images: PlainImages, known_T=0.5, unknown_T=0.5) -> None:
+    """An epoch of the detector."""
     network.train()
     loss_sum, correct = 0.0, 0
     for batch, labels, _ in DataLoader(images, batch_size=BATCH, shuffle=True):
+        T = [known_T if label < K else unknown_T for label in labels.tolist()]
+        T = torch.tensor(T, dtype=torch.float64).unsqueeze(1).to(DEVICE)
         batch, labels = batch.to(DEVICE), labels.to(DEVICE)
-        temperature = torch.tensor([0.5 if y < K else 0.5 for y in labels.tolist()]).double()
         _, logits = network(batch)
-        loss = F.cross_entropy(logits / temperature.to(DEVICE).unsqueeze(1), labels)
+        loss = F.cross_entropy(logits / T, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,10 +146,9 @@ def plain_scores(network, images: PlainImages) -> None:
     """Max activation value and prediction of every image, as Python numbers."""
     network.eval()
     scores = []
-    for batch, _, indices in DataLoader(images, batch_size=BATCH):
-        _, logits = network(batch.to(DEVICE))
-        mav, prediction = logits.max(1)
-        scores += zip(indices.tolist(), mav.tolist(), prediction.tolist(), strict=True)
+    for batch, _, index in DataLoader(images, batch_size=BATCH):
+        mav, prediction = network(batch.to(DEVICE))[1].max(1)
+        scores += zip(index.tolist(), mav.tolist(), prediction.tolist(), strict=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,30 +159,29 @@ def random_data(count: int) -> tuple[np.ndarray, list[int], OpenSetData]:
     """Random images and labels, for the plain loop and for the project."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    labels = random.integers(0, K + 1, count)
+    labels = torch.from_numpy(random.integers(0, K + 1, count))
     images = augment.to_device(pixels, CIFAR.mean, CIFAR.std, CIFAR.padding, CIFAR.flip, DEVICE)
-    targets = torch.from_numpy(labels)
-    data = OpenSetData(images, targets.to(DEVICE), targets < K, images, targets.to(DEVICE))
-    return pixels, labels.tolist(), data
+    targets = labels.to(DEVICE)
+    return pixels, labels.tolist(), OpenSetData(images, targets, labels < K, images, targets)
 
 
-def measure_augmentation(table: Table, repeats: int) -> None:
+def measure_augmentation(table: Table, repeats: int, count: int = 2048) -> None:
     """Images through crop, flip, rotation and normalisation, in batches as in training."""
-    pixels, labels, data = random_data(2048)
-    plain = PlainImages(pixels, labels, AUGMENTED)
-
-    def ours() -> None:
-        order = torch.randperm(2048).to(DEVICE)
-        parameters = augment.draw(data.train, 2048, torch.Generator()).to(DEVICE)
-        for rows in torch.arange(2048).split(BATCH):
-            augment.augment(data.train, order[rows], parameters[rows])
+    pixels, labels, data = random_data(count)
+    plain = PlainImages(pixels, labels, MOVED + AS_TENSOR)
 
     def theirs() -> None:
-        for rows in torch.randperm(2048).split(BATCH):
+        for rows in torch.randperm(count).split(BATCH):
             torch.stack([plain[i][0] for i in rows.tolist()])
 
+    def ours() -> None:
+        order = torch.randperm(count).to(DEVICE)
+        parameters = augment.draw(data.train, count, torch.Generator()).to(DEVICE)
+        for rows, own in zip(order.split(BATCH), parameters.split(BATCH), strict=True):
+            augment.augment(data.train, rows, own)
+
     ours()
-    fast, slow = (rates(2048, s) for s in in_turn(repeats, ours, theirs))
+    slow, fast = (rates(count, s) for s in in_turn(repeats, theirs, ours))
     table.add("augmentation, against PIL transforms", "images/s", fast, slow, ">= 12")
 
 
@@ -201,70 +194,96 @@ def flops_per_image() -> tuple[int, int]:
     network = models.create("resnet18", K + 1, 2, torch.Generator(), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         _, logits = network(torch.zeros(2, 3, 32, 32))
-        forward = counter.get_total_flops() // 2
+        forward = counter.get_total_flops()
         logits.sum().backward()
-    return forward, counter.get_total_flops() // 2
+    return forward // 2, counter.get_total_flops() // 2
 
 
-def measure_networks(table: Table, repeats: int, trained: int, scored: int, compiled: bool) -> None:
-    """ResNet-18 with the published settings: `trained` images an epoch, `scored` of the pool."""
-    pixels, labels, data = random_data(max(trained, scored))
-    arguments = dict(max_epoch=1, batch_size=BATCH, lr_model=0.01, stepsize=20, gamma=0.5)
-    arguments |= dict(weight_cent=0.0, lr_cent=0.5, amp="off", eval_batch_size=256)
-    plain_network = models.create("resnet18", K + 1, 2, torch.Generator(), DEVICE)
-    plain_network.to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.SGD(plain_network.parameters(), 0.01, 0.9, weight_decay=5e-4)
+@functools.cache
+def networks(plain: bool, count: int) -> tuple[Callable[[int], None], Callable[..., None]]:
+    """train(images) and score(images) of ResNet-18 with the published settings, on `count` images.
+
+    plain: as the field writes it; otherwise the project's, with a second argument --compile.
+    """
+    pixels, labels, data = random_data(count)
     network = models.create("resnet18", K + 1, 2, torch.Generator(), DEVICE)
-    matrices = torch.rand(2, 4096, 4096, device=DEVICE)
+    if plain:
+        network.to(memory_format=torch.contiguous_format)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
-    def plain_train(count: int) -> None:
-        images = PlainImages(pixels[:count], labels[:count], AUGMENTED)
-        plain_epoch(plain_network, optimizer, images)
+        def images(count: int, steps: list[Callable]) -> PlainImages:
+            return PlainImages(pixels[:count], labels[:count], steps)
 
-    def plain_score(count: int) -> None:
-        images = PlainImages(pixels[:count], labels[:count], transforms.Compose(STYLE))
-        plain_scores(plain_network, images)
+        return (
+            lambda count: plain_epoch(network, optimizer, images(count, MOVED + AS_TENSOR)),
+            lambda count: plain_scores(network, images(count, AS_TENSOR)),
+        )
+    if DEVICE.type == "cpu":
+        utils.keep_memory()
+    args = Namespace(max_epoch=1, batch_size=BATCH, lr_model=0.01, stepsize=20, gamma=0.5)
+    args = Namespace(**vars(args), weight_cent=0.0, amp="off", eval_batch_size=256)
 
-    def train(compile: bool, count: int) -> None:
-        args = Namespace(**arguments, compile=compile)
-        temperature = [0.5] * (K + 1)
-        models.train(network, data, torch.arange(count), args, torch.Generator, temperature)
+    def train(count: int, compile: bool = False) -> None:
+        args.compile, T = compile, [0.5] * (K + 1)
+        draws = partial(utils.generator, 1)
+        models.train(network, data, torch.arange(count), args, draws, T)
 
-    def score(compile: bool, count: int) -> None:
-        args = Namespace(**arguments, compile=compile)
+    def score(count: int, compile: bool = False) -> None:
+        args.compile = compile
         models.score(network, data.train, torch.arange(count), args)
 
-    forward, both = flops_per_image()
-    sides = [("training", plain_train, train, trained, both, (">= 1.2", ">= 1.35", ">= 0.9"))]
-    sides.append(("pool scoring", plain_score, score, scored, forward, (">= 1.25", ">= 1.5", "")))
-    for name, plain, ours, count, flops, targets in sides:
-        kinds = [plain, partial(ours, False)] + [partial(ours, True)] * compiled
-        # Both batch sizes once, since code that meets a shape for the first time prepares for it.
-        warm = [seconds(partial(kind, min(count, BATCH + count % BATCH))) for kind in kinds]
-        calls = [partial(kind, count) for kind in kinds]
-        samples = in_turn(repeats, *calls, partial(torch.mm, *matrices))
-        slow, *fast = (rates(count, s) for s in samples[:-1])
-        product = rates(2 * matrices[0].numel() * 4096 / 1e9, samples[-1])
-        what = f"{name}, {count} images"
-        for way, rate, target in zip(("", ", --compile"), fast, targets, strict=False):
-            table.add(f"{what}{way}, against the plain loop", "images/s", rate, slow, target)
-        targets = ("", targets[2])
-        for way, rate, target in zip(("", ", --compile"), fast, targets, strict=False):
-            rate = [r * flops / 1e9 for r in rate]
-            row = f"{name}{way}, against a float32 matrix product"
-            table.add(row, "GFLOP/s", rate, product, target)
-        if compiled:
-            table.add(f"first compilation, {name}", "s", [warm[2] - warm[1]])
+    return train, score
+
+
+def run_networks(plain: bool, kept: int, which: int, *arguments: int) -> float:
+    """Seconds of train (which = 0) or score (1) of `networks`."""
+    return seconds(partial(networks(plain, kept)[which], *arguments))
+
+
+def measure_networks(table: Table, repeats: int, trained: int, scored: int, compile: bool) -> None:
+    """Epochs of `trained` images and a pool of `scored`: the plain loop and the project in turn.
+
+    Each in a process of its own, since they ask the C library for different things.
+    """
+    kept, (forward, both) = max(trained, scored), flops_per_image()
+    matrices = torch.rand(2, 4096, 4096, device=DEVICE)
+    product_of = partial(torch.mm, *matrices, out=torch.empty_like(matrices[0]))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as theirs, ProcessPoolExecutor(1, spawn) as ours:
+
+        def call(worker: Executor, *arguments: int) -> Callable:
+            return lambda: worker.submit(run_networks, worker is theirs, kept, *arguments).result()
+
+        for which, what, count, flops, targets in (
+            (0, "training", trained, both, (">= 1.2", ">= 1.35", "", ">= 0.9")),
+            (1, "pool scoring", scored, forward, (">= 1.25", ">= 1.5", "", "")),
+        ):
+            kinds = [(theirs,), (ours,), (ours, True)][: 2 + compile]
+            # Once on few images, since the first batch of each size prepares for what follows.
+            few = min(count, BATCH + count % BATCH)
+            warm = [call(worker, which, few, *more)() for worker, *more in kinds]
+            calls = [call(worker, which, count, *more) for worker, *more in kinds]
+            slow, *fast, product = in_turn(repeats, *calls, product_of)
+            ways = ["", ", --compile"]
+            for way, samples, target in zip(ways, fast, targets[:2], strict=False):
+                row = f"{what}, {count} images{way}, against the plain loop"
+                table.add(row, "images/s", rates(count, samples), rates(count, slow), target)
+            product = rates(2 * 4096**3 / 1e9, product)
+            for way, samples, target in zip(ways, fast, targets[2:], strict=False):
+                row = f"{what}{way}, against a float32 matrix product"
+                table.add(row, "GFLOP/s", rates(count * flops / 1e9, samples), product, target)
+            if compile:
+                table.add(f"{what}, first compilation", "s", [warm[2] - warm[1]])
 
 
 def random_outputs(name: str, count: int) -> PoolOutputs:
-    """Outputs of a pool for strategy `name`; logits with a mode per class, as trained ones have."""
+    """What strategy `name` reads, of a pool of `count`; each image's logits have a mode."""
     random, reads, fields = torch.Generator().manual_seed(0), STRATEGIES[name].READS, {}
     if "logits" in reads:
         fields["logits"] = torch.randn(count, K + 1, generator=random)
-        strong = torch.randint(0, K + 1, (count,), generator=random)
+        mode = torch.randint(0, K + 1, (count,), generator=random)
         height = 2 + 4 * torch.randint(0, 2, (count,), generator=random)
-        fields["logits"][torch.arange(count), strong] += height
+        fields["logits"][torch.arange(count), mode] += height
     if "mc_logits" in reads:
         fields["mc_logits"] = torch.randn(20, count, K + 1, generator=random)
     if "features" in reads:
@@ -279,20 +298,19 @@ def measure_selection(table: Table, repeats: int, slow: bool) -> None:
         return partial(select, name, random_outputs(name, count), QUERIED, torch.Generator())
 
     for name in STRATEGIES:
-        if name == "KMeans":
-            if slow:
-                (ours,) = in_turn(1, call(name, 50_000))
-                what = f"{name}, 50 thousand pool images, {QUERIED} centres, 512 features"
-                table.add(what, "s", ours, target="<= 600")
-            continue
-        if name == "BALD" and not slow:
-            continue
-        small, large = in_turn(repeats, call(name, 50_000), call(name, 10**6))
-        if name == "AV_temperature":
-            table.add(f"{name}, 50 thousand pool images", "s", small, target="<= 0.3")
-            table.add(f"{name}, 1 million pool images", "s", large, target="<= 6")
-        linear = "<= 24" if name == "AV_temperature" else ""  # 20 times the images, 20 % grace
-        table.add(f"{name}, 1 million against 50 thousand", "s", large, small, linear)
+        if name == "KMeans" and slow:
+            (samples,) = in_turn(1, call(name, 50_000))
+            what = f"{name}, 50 thousand images, {QUERIED} centres, 512 features"
+            table.add(what, "s", samples, target="<= 600")
+        elif name != "KMeans" and (slow or name != "BALD"):
+            small, large = in_turn(repeats, call(name, 50_000), call(name, 10**6))
+            targets = "", "", ""
+            if name == "AV_temperature":
+                targets = "<= 0.3", "<= 6", "<= 24"  # linear: 20, and a fifth for the caches
+            table.add(f"{name}, 50 thousand images", "s", small, target=targets[0])
+            table.add(f"{name}, 1 million images", "s", large, target=targets[1])
+            what = f"{name}, 1 million images against 50 thousand"
+            table.add(what, "s", large, small, targets[2])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,12 +318,13 @@ def measure_selection(table: Table, repeats: int, slow: bool) -> None:
 
 
 def child(function: Callable, *arguments: object) -> object:
-    """What `function` of this file, called in a new process, returns."""
-    call = f"from tests import benchmarks as b; print(b.json.dumps(b.{function.__name__}"
-    command = [sys.executable, "-c", f"{call}(*{arguments!r})))"]
+    """What `function` of this file returns (as JSON) when called in a new process."""
+    call = f"benchmarks.{function.__name__}(*{arguments!r})"
+    code = f"import json; from tests import benchmarks; print(json.dumps({call}))"
+    command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if output.returncode:
-        sys.exit(f"{output.stdout}{output.stderr}{function.__name__} failed")
+        sys.exit(f"{output.stdout}{output.stderr}{call} failed")
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -316,13 +335,14 @@ def run_script(*arguments: str) -> None:
         runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
 
 
-def after(owner: object, name: str, function: Callable) -> None:
-    """Call function() whenever owner.name(...) has returned."""
+def watch(owner: object, name: str, then: Callable[[float], None]) -> None:
+    """Whenever owner.name(...) returns, call then(seconds it took)."""
     original = getattr(owner, name)
 
     def replacement(*args, **options):
+        begin = time.perf_counter()
         result = original(*args, **options)
-        function()
+        then(time.perf_counter() - begin)
         return result
 
     setattr(owner, name, replacement)
@@ -330,76 +350,67 @@ def after(owner: object, name: str, function: Callable) -> None:
 
 def write_cifar100(folder: Path) -> dict[str, str]:
     """Files as torchvision's CIFAR100 reads them, of random pixels; MD5 sums by name."""
-    random = np.random.default_rng(0)
-    (folder / "cifar-100-python").mkdir()
+    random, sums = np.random.default_rng(0), {}
     contents = {"meta": {"fine_label_names": [f"class {i}" for i in range(100)]}}
     for name, count in (("train", 50_000), ("test", 10_000)):
         pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
         contents[name] = {"data": pixels, "fine_labels": [i % 100 for i in range(count)]}
-    sums = {}
+    (folder / "cifar-100-python").mkdir()
     for name, content in contents.items():
-        file = folder / "cifar-100-python" / name
-        file.write_bytes(pickle.dumps(content, protocol=2))  # as old as that of the real files
-        sums[name] = hashlib.md5(file.read_bytes()).hexdigest()
+        file = pickle.dumps(content, protocol=2)  # as old as that of the real files
+        (folder / "cifar-100-python" / name).write_bytes(file)
+        sums[name] = hashlib.md5(file).hexdigest()
     return sums
 
 
 def peak_memory() -> float:
-    """Of this process so far, in GB. (resource.getrusage would inherit the parent's peak.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    """Of this process so far, in GB; resource.getrusage would inherit the peak of its parent."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def cifar_round(folder: str, sums: dict[str, str], model: str, scored: int) -> dict:
+def cifar_round(folder: str, sums: dict[str, str], model: str, scored: int) -> dict[str, float]:
     """One round of LfOSA with one epoch on the files of `write_cifar100`.
 
     Only the first `scored` images of the pool go through the network, and their outputs stand for
-    the others'; the time of the networks and the augmentation in it is scaled up to the whole
-    pool. Returns peak memory in GB and seconds, by what they were spent on.
+    the others'; what networks and augmentation take there is scaled up to the whole pool.
+    Returns the peak memory above the imported libraries in GB, and seconds by what they went on.
     """
-    source = torchvision_datasets.CIFAR100
+    source = torchvision.datasets.CIFAR100
     source.train_list, source.test_list = [["train", sums["train"]]], [["test", sums["test"]]]
     source.meta = source.meta | {"md5": sums["meta"]}
     clock, libraries = defaultdict(float), peak_memory()
 
-    def timed(kind: str, owner: object, name: str) -> None:
-        original = getattr(owner, name)
+    def add(kind: str, taken: float) -> None:
+        clock[kind] += taken
 
-        def replacement(*args, **options):
-            begin = time.perf_counter()
-            result = original(*args, **options)
-            clock[kind] += time.perf_counter() - begin
-            return result
+    for kind, owner, names in (
+        ("networks", training, ("batch_loss", "_forward")),
+        ("networks", torch.Tensor, ("backward",)),
+        ("networks", torch.optim.SGD, ("step",)),
+        ("augmentation", augment, ("draw", "augment", "normalize")),
+        ("selection", utils, ("select",)),
+        ("files", utils, ("write_atomically", "say")),
+    ):
+        for name in names:
+            watch(owner, name, partial(add, kind))
+    score = models.score
 
-        setattr(owner, name, replacement)
-
-    timed("networks", training, "batch_loss")
-    timed("networks", training, "_forward")
-    timed("networks", torch.Tensor, "backward")
-    timed("networks", torch.optim.SGD, "step")
-    for name in ("draw", "augment", "normalize"):
-        timed("augmentation", augment, name)
-    timed("selection", utils, "select")
-    for name in ("write_atomically", "say"):
-        timed("files", utils, name)
-    whole_score = models.score
-
-    def score(network, images, indices, *rest) -> PoolOutputs:
-        before = dict(clock)
-        outputs = whole_score(network, images, indices[:scored], *rest)
+    def score_part(network, images, indices, *rest) -> PoolOutputs:
+        before = clock.copy()
+        outputs = score(network, images, indices[:scored], *rest)
         for kind in ("networks", "augmentation"):
             more = (clock[kind] - before[kind]) * (len(indices) / scored - 1)
-            clock[kind] += more
-            clock["round"] += more
+            add(kind, more)
+            add("round", more)
         logits = outputs.logits[torch.arange(len(indices)) % scored]
         return PoolOutputs(len(indices), logits=logits)
 
-    models.score = score
-    after(utils, "start", lambda: clock.update({"begin": time.perf_counter()}))
+    models.score = score_part
+    watch(utils, "start", lambda _: add("round", -time.perf_counter()))
     settings = f"--dataset cifar100 --model {model} --max-epoch 1 --max-query 1".split()
     run_script(*settings, "--data-dir", folder, "--save-dir", folder, "--overwrite")
-    clock["round"] += time.perf_counter() - clock.pop("begin")
-    return {"memory": peak_memory() - libraries, **clock}
+    add("round", time.perf_counter())
+    return clock | {"memory": peak_memory() - libraries}
 
 
 def measure_round(table: Table, repeats: int, model: str, scored: int) -> None:
@@ -407,44 +418,42 @@ def measure_round(table: Table, repeats: int, model: str, scored: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = folder, write_cifar100(Path(folder)), model, scored
         results = [child(cifar_round, *arguments) for _ in range(repeats)]
-    memory = [result["memory"] for result in results]
+    memory, whole, networks = ([r[k] for r in results] for k in ("memory", "round", "networks"))
     what = f"CIFAR-100-sized round, {model}"
-    table.add(f"peak memory above the libraries, {what}", "GB", memory, target="<= 1.6")
-    whole = [result["round"] for result in results]
-    outside = [result["round"] - result["networks"] for result in results]
-    table.add(f"time outside the networks, {what}", "s", outside, whole, "<= 0.03")
+    table.add(f"{what}: memory above the libraries", "GB", memory, target="<= 1.6")
+    outside = [a - b for a, b in zip(whole, networks, strict=True)]
+    table.add(f"{what}: outside the networks", "s", outside, whole, "<= 0.03")
     for kind in ("augmentation", "selection", "files"):
-        table.add(f"- of it {kind}", "s", [result[kind] for result in results], whole)
+        table.add(f"{what}: of this {kind}", "s", [r[kind] for r in results], whole)
 
 
 def compiled_graphs(folder: str) -> list[int]:
-    """Graphs compiled so far after each of three rounds, in which the pool shrinks."""
-    counts = []
-    stats = torch._dynamo.utils.counters["stats"]
-    after(utils, "end_round", lambda: counts.append(stats["unique_graphs"]))
+    """Graphs compiled so far, after each of three rounds in which the pool shrinks."""
+    counts, stats = [], torch._dynamo.utils.counters["stats"]
+    watch(utils, "end_round", lambda _: counts.append(stats["unique_graphs"]))
     run_script("--max-query", "3", "--max-epoch", "2", "--compile", "--save-dir", folder)
     return counts
 
 
 def measure_compilations(table: Table) -> None:
-    """With --compile: nothing is to be compiled after the first round."""
+    """With --compile nothing is to be compiled after the first round."""
     with tempfile.TemporaryDirectory() as folder:
-        first, *_, last = child(compiled_graphs, folder)
-    table.add("graphs compiled, round 3 against round 1", "", [last], [first], "<= 1")
+        first, _, last = child(compiled_graphs, folder)
+    table.add("graphs compiled after 3 rounds, against 1 round", "", [last], [first], "<= 1")
 
 
 def measure_start(table: Table, repeats: int) -> None:
-    """Until digits is at the end of its first training step's backward pass."""
+    """Until digits has done the backward pass of its first training step."""
     libraries = "import os, torch, torchvision, sklearn.mixture; os._exit(3)"
     script = "import os, runpy, sys, torch; torch.optim.SGD.step = lambda *_, **__: os._exit(3); "
+
+    def run(code: str) -> None:
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 3
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = [SCRIPT, "--save-dir", folder, "--overwrite"]
         script += f"sys.argv = {arguments}; runpy.run_path('{SCRIPT}', run_name='__main__')"
-
-        def run(code: str) -> None:
-            command = [sys.executable, "-c", code]
-            assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 3
-
         run(script)
         samples = in_turn(repeats, partial(run, script), partial(run, libraries))
     table.add("start to the first training step, against the imports", "s", *samples, "<= 1.5")
@@ -454,18 +463,18 @@ def measure_start(table: Table, repeats: int) -> None:
 
 
 def machine() -> dict:
-    """What the numbers were measured on."""
+    """What the numbers were measured on, and of which code."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "pillow")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return {
-        "processor": model or platform.processor(),
+        "processor": next((x.split(": ")[1] for x in lines if "model name" in x), "unknown"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "system": platform.platform(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
 
@@ -474,35 +483,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = "a minute instead of a quarter of an hour: less of everything, no --compile, no KMeans"
+    text = "about a minute instead of a quarter of an hour: fewer and smaller samples, a smaller "
+    text += "network in the round, no BALD, no KMeans and nothing compiled"
     parser.add_argument("--quick", action="store_true", help=text)
-    parser.add_argument("--out", help="also write machine and samples to this JSON file")
+    parser.add_argument("--out", help="write machine and samples to this JSON file, too")
     names = ["augmentation", "networks", "selection", "round", "start", "compilations"]
-    text = f"measure these alone, of {', '.join(names)}"
+    text = f"measure these alone: {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="X", help=text)
     args = parser.parse_args()
-    quick = args.quick
-    print(" ".join(f"{key}={value}" for key, value in machine().items()), end="\n\n")
+    quick, where = args.quick, machine()
+    print(", ".join(f"{key} {value}" for key, value in where.items()), end="\n\n")
     table = Table()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # or an earlier run had compiled already
-        measures = {
-            "augmentation": lambda: measure_augmentation(table, 3 if quick else 7),
-            "networks": lambda: measure_networks(
-                table, *((1, 160, 256, False) if quick else (3, LABELED, 1024, True))
-            ),
-            "selection": lambda: measure_selection(table, 3, slow=not quick),
-            "round": lambda: measure_round(
-                table, *((1, "resnet20", 2048) if quick else (2, "resnet18", 1024))
-            ),
-            "start": lambda: measure_start(table, 2 if quick else 5),
-            "compilations": lambda: measure_compilations(table),
-        }
-        for name in names:
-            if name in args.only and not (quick and name == "compilations"):
-                measures[name]()
+        if "augmentation" in args.only:
+            measure_augmentation(table, 3 if quick else 9)
+        if "networks" in args.only:
+            sizes = (1, 160, 256, False) if quick else (3, LABELED, 1024, True)
+            measure_networks(table, *sizes)
+        if "selection" in args.only:
+            measure_selection(table, 3, slow=not quick)
+        if "round" in args.only:
+            measure_round(table, *((1, "resnet20", 2048) if quick else (2, "resnet18", 1024)))
+        if "start" in args.only:
+            measure_start(table, 2 if quick else 5)
+        if "compilations" in args.only and not quick:
+            measure_compilations(table)
     if args.out:
-        result = {"machine": machine(), "quick": quick, "rows": table.rows}
+        result = {"machine": where, "quick": quick, "rows": table.rows}
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
