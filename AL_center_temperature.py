@@ -35,9 +35,10 @@ def main() -> None:
         if run.state["queried"] is None:
             # Open-set detector training: labeled images and, as class K, the invalid ones.
             detector = utils.network(run, "detector", args.known_class + 1, queried=True)
-            with utils.training(run, "detector") as hooks:
-                indices = torch.cat([split.labeled, split.invalid])
-                models.train(detector, data, indices, args, temperature=detector_T, **hooks)
+            if utils.reads_network(args):  # all strategies but random
+                with utils.training(run, "detector") as hooks:
+                    indices = torch.cat([split.labeled, split.invalid])
+                    models.train(detector, data, indices, args, temperature=detector_T, **hooks)
 
             # Active sampling: max activation values of the pool, a Gaussian mixture per predicted
             # class, and the images with the highest probability of being known.

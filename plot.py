@@ -148,7 +148,8 @@ class PlainUnpickler(pickle.Unpickler):
     """Loads containers, strings and numbers; a pickle that asks for any code is refused."""
 
     def find_class(self, module: str, name: str) -> None:
-        raise ValueError(f"refused: it would run {module}.{name}, a log holds plain numbers")
+        what = "a log holds plain numbers, such as float() gives"
+        raise ValueError(f"refused: it would run {module}.{name}; {what}")
 
 
 def check_log(content: object) -> Log:
@@ -156,15 +157,18 @@ def check_log(content: object) -> Log:
     if not isinstance(content, dict):
         raise TypeError(f"holds a {type(content).__name__} instead of a dict of measures")
     log = {}
+    if list(content.values()) == [{}] * 4:
+        raise ValueError("no round is done yet")
     for key in ("Acc", "Err", "Precision", "Recall"):
         rounds = content.get(key)
         if not isinstance(rounds, dict) or not rounds:
             raise ValueError(f"{key} is missing, empty or not a dict of rounds")
         if set(rounds) != set(range(len(rounds))):
             raise ValueError(f"the rounds of {key} are not 0 to {len(rounds) - 1}")
+        limit = 100 if key in ("Acc", "Err") else 1
         for value in rounds.values():  # NaN fails both comparisons
-            if type(value) not in (int, float) or not -ROUNDING <= value <= 100 + ROUNDING:
-                raise ValueError(f"{key} holds something that is not a number from 0 to 100")
+            if type(value) not in (int, float) or not -ROUNDING <= value <= limit + ROUNDING:
+                raise ValueError(f"{key} holds something that is not a number from 0 to {limit}")
         log[key] = [float(rounds[q]) for q in range(len(rounds))]
     if len({len(values) for values in log.values()}) > 1:
         raise ValueError("its measures have different numbers of rounds")
@@ -443,11 +447,17 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             say(f"cannot write {path}: {error.strerror}; choose another --out-dir")
             return 2
-    print(*report, sep="\n")
+    try:
+        print(*report, sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # not told a second time
+        say(f"cannot print the tables: {error.strerror}")
+        return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no "±"
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "plot.py | head" ends without a traceback
     try:
         sys.exit(main())

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import datasets
 import models
 from datasets import DATASETS, DataError, OpenSetData, augment, open_set
+from datasets.files import sync_folder
 from models import parallel
 from query_strategies import STRATEGIES, needs_detector, select
 
@@ -106,6 +107,8 @@ def one_of(names: list[str]) -> Callable[[str], str]:
     return convert
 
 
+TEMPERATURES = 1e-30, 1e30  # float32 goes a little further
+
 # The end of both scripts' --help; tests/test_distributed.py runs it.
 GRID = """\
 one run on several GPUs: each takes its share of every batch, so --batch-size and schedule stay
@@ -114,7 +117,7 @@ on several machines: the same line on each, HOST being one of them
   torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
     --max-restarts=3 AL_center_temperature.py --resume
 
-many runs, one process each, as a Slurm array: sbatch grid.sh (a killed run is requeued and goes on)
+many runs, one process each, as a Slurm array: sbatch grid.sh (preempted, a run is requeued)
   #!/bin/bash
   #SBATCH --array=0-71 --requeue --gres=gpu:1 --cpus-per-task=4
   seeds=(1 2 3 4)
@@ -190,8 +193,8 @@ def parse_arguments(description: str, detector: bool) -> argparse.Namespace:
             ("--known-T", "detector's labeled images"),
             ("--unknown-T", "detector's invalid images"),
         ):
-            add(flag, type=number(0), default=0.5, help=text.format(what))
-        add("--modelB-T", type=number(0), default=1.0, help=text.format("classifier"))
+            add(flag, type=number(*TEMPERATURES), default=0.5, help=text.format(what))
+        add("--modelB-T", type=number(*TEMPERATURES), default=1.0, help=text.format("classifier"))
     add("--dropout", type=number(0, 1), default=0.5, help="on the pooled vector, only for BALD")
     add("--mc-samples", type=integer(1), default=20, help="dropout masks that BALD averages over")
     drop = "queried unknown images leave the pool instead of staying in it, as in later papers"
@@ -213,7 +216,8 @@ def parse_arguments(description: str, detector: bool) -> argparse.Namespace:
     either.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     either.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     for action in parser._actions:  # every default is told, once
-        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
+        told = "default" in action.help or action.default is argparse.SUPPRESS
+        if not told and action.default is not None and action.default is not False:
             action.help += " (default: %(default)s)"
 
     args = parser.parse_args()
@@ -267,7 +271,7 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     """
     cuda = torch.cuda.is_available() and not args.use_cpu
     local_rank = parallel.local_rank()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel.launched() else 1
     try:
         ids = [integer(0)(text) for text in args.gpu.split(",")]
     except argparse.ArgumentTypeError:
@@ -277,18 +281,18 @@ def setup_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--gpu {args.gpu} needs one process per device: {shlex.join(command)}")
     if ids == [0]:  # the default
         ids = list(range(local_world))
-    if len(ids) != local_world:
+    if len(set(ids)) != local_world:
         raise UserError(f"--gpu {args.gpu}: {local_world} processes need as many devices")
     if cuda and max(ids) >= torch.cuda.device_count():
         raise UserError(
             f"--gpu {args.gpu}: there is no device {max(ids)}, only 0 to "
             f"{torch.cuda.device_count() - 1}"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cuda:
+        torch.cuda.set_device(ids[local_rank])
+    if parallel.launched():
         if args.compile:
             raise UserError("--compile is for one process: leave it out under torchrun")
-        if cuda:
-            torch.cuda.set_device(ids[local_rank])
         if not dist.is_initialized():
             parallel.join(cuda)
     if args.deterministic:
@@ -419,7 +423,10 @@ def run_script(main: Callable[[], None]) -> None:
         elif parallel.lost(error):
             status = 128 + _stop["signal"] if _stop["signal"] else 1
             if status == 1:
-                tell("another process of this run has ended; going on is possible with --resume")
+                tell(f"another process has ended, --resume goes on ({str(error).splitlines()[0]})")
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            tell(f"--compile does not work here, leave it out ({str(error).splitlines()[0]})")
+            status = 2
         else:
             raise
     try:
@@ -526,15 +533,16 @@ def start(args: argparse.Namespace, device: torch.device, known: Tensor) -> Run:
             fcntl.flock(run.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is running {path.name}") from None
+        except OSError as error:
+            lacks = f"its file system cannot lock files ({error.strerror})"
+            raise UserError(f"--save-dir {args.save_dir}: {lacks}, choose another") from None
         _check_files(args)  # once more: whoever had the lock may just have finished
-        if args.overwrite:
-            run.text.truncate(0)
-            shutil.rmtree(path.parent / "tb" / path.name, ignore_errors=True)
         if args.resume and os.path.exists(f"{path}.pt"):
             state = _load(path, header, _new_state(split, header))
-            for key in ("versions", "commit"):
-                if state["header"][key] != header[key]:
-                    say(run, f"note: {key} was {state['header'][key]}, is {header[key]}")
+            for key in ("versions", "commit", "device", "threads"):
+                before = state["header"].get(key)
+                if before != header[key]:
+                    say(run, f"note: {key} was {before}, is {header[key]}")
             return state | {"header": header}
         if args.resume:
             say(run, f"no checkpoint {path}.pt: starting fresh")
@@ -542,6 +550,10 @@ def start(args: argparse.Namespace, device: torch.device, known: Tensor) -> Run:
 
     run.state = parallel.from_rank0(begin)
     if run.text:
+        if args.overwrite:  # the checkpoint first: it decides what the other files belong to
+            save(run)
+            run.text.truncate(0)
+            shutil.rmtree(path.parent / "tb" / path.name, ignore_errors=True)
         say(run, " ".join(f"{key}={value}" for key, value in run.state["header"].items()))
         if not args.no_tensorboard:
             run.events = _open_events(path.parent / "tb" / path.name)
@@ -564,6 +576,7 @@ def _header(args: argparse.Namespace, device: torch.device, known: Tensor) -> di
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "commit": commit or "unknown",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
         "processes": parallel.world(),
         "known": hashlib.sha256(known.numpy().tobytes()).hexdigest()[:16],
     }
@@ -603,7 +616,8 @@ def _load(path: Path, header: dict, fresh: dict) -> dict:
             if key not in FREE and old.get(key) != new.get(key)
         ]
         for key in ("device", "processes", "known"):
-            if before[key] != header[key]:
+            either_cpu = "cpu" in (before[key], header[key])  # one GPU may follow another
+            if before[key] != header[key] and (key != "device" or either_cpu):
                 differ.append(f"{key} was {before[key]}, is {header[key]}")
     except Exception as error:  # whatever a file that is no checkpoint makes torch.load raise
         raise UserError(
@@ -619,7 +633,7 @@ def _load(path: Path, header: dict, fresh: dict) -> dict:
 def write_atomically(path: str, content: bytes | memoryview) -> None:
     """Write a file so that at any moment either the old or the new content is there, whole.
 
-    Raises UserError where that is not possible; the old file is then as it was.
+    Raises UserError where that is not possible, or not for certain.
     """
     temporary = f"{path}.tmp"
     try:
@@ -631,9 +645,7 @@ def write_atomically(path: str, content: bytes | memoryview) -> None:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)  # the renaming itself must outlive a power cut, too
-        os.close(folder)
+        sync_folder(Path(path).absolute().parent)  # the renaming itself must outlive a power cut
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; the last good checkpoint is kept: "
@@ -714,6 +726,11 @@ def network(run: Run, name: str, num_classes: int, queried: bool) -> models.ResN
     return models.create(*shape, run.generator(name, "init"), run.device, dropout)
 
 
+def reads_network(args: argparse.Namespace) -> bool:
+    """Whether the strategy reads what a network says of the pool: all but random."""
+    return bool(STRATEGIES[args.query_strategy].READS)
+
+
 @contextlib.contextmanager
 def training(run: Run, name: str) -> Iterator[dict]:
     """What models.train needs to write checkpoints of the network `name` and to go on from one.
@@ -759,7 +776,7 @@ def query(run: Run, network: models.ResNet, data: OpenSetData) -> Tensor:
     masks = parameters = None
     if "mc_logits" in reads:
         masks = models.dropout_masks(network, args.mc_samples, run.generator("dropout"))
-    if args.augment_pool and reads:
+    if args.augment_pool and reads_network(args):
         parameters = augment.draw(data.train, len(pool), run.generator("augment-pool"))
     with run.timed("query"):
         outputs = models.score(network, data.train, pool, args, reads, masks, parameters)

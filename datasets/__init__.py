@@ -1,6 +1,7 @@
 """Data sets as open-set problems: K known classes, everything else unknown.
 
-To add one: a module with `load` returning uint8 arrays, and an entry in DATASETS.
+To add one: a module with `load` returning uint8 arrays, and an entry in DATASETS. No "_" in its
+name, which separates the parts of a log's name.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from . import augment, cifar, digits, tiny_imagenet
 from .augment import Images
-from .errors import DataError
+from .files import DataError
 
 
 class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
     load: Callable  # data_dir -> train images (N, H, W, 3) uint8, labels (N,) int64; test likewise
-    family: str  # the folder of its figures
     num_classes: int
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
@@ -36,22 +36,22 @@ _PUBLISHED |= dict(batch_size=128, lr_model=0.01)
 DATASETS = {
     "cifar10": Dataset(
         partial(cifar.load, name="cifar10"),
-        *("cifar", 10, cifar.MEAN["cifar10"], cifar.STD["cifar10"], 4, True),
+        *(10, cifar.MEAN["cifar10"], cifar.STD["cifar10"], 4, True),
         dict(known_class=2, init_percent=1, **_PUBLISHED),
     ),
     "cifar100": Dataset(
         partial(cifar.load, name="cifar100"),
-        *("cifar", 100, cifar.MEAN["cifar100"], cifar.STD["cifar100"], 4, True),
+        *(100, cifar.MEAN["cifar100"], cifar.STD["cifar100"], 4, True),
         dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "TinyImagenet": Dataset(
         tiny_imagenet.load,
-        *("tinyimagenet", 200, tiny_imagenet.MEAN, tiny_imagenet.STD, 8, True),
+        *(200, tiny_imagenet.MEAN, tiny_imagenet.STD, 8, True),
         dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "digits": Dataset(
         digits.load,
-        *("digits", 10, digits.MEAN, digits.STD, 1, False),
+        *(10, digits.MEAN, digits.STD, 1, False),
         dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40)
         | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.02),
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from .errors import DataError
+from .files import DataError, one_at_a_time
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -34,8 +34,12 @@ def load(data_dir: Path, name: str) -> Arrays:
     """
     source = getattr(torchvision.datasets, name.upper())
     try:
-        train = _arrays(source(data_dir, train=True, download=True))
-        test = _arrays(source(data_dir, train=False))  # one check of all files is enough
+        try:
+            train = _arrays(source(data_dir, train=True))
+        except RuntimeError:  # torchvision's for a file that is missing or has another MD5
+            with one_at_a_time(data_dir / f".{name}.lock"):
+                train = _arrays(source(data_dir, train=True, download=True))
+        test = _arrays(source(data_dir, train=False))
     except _FAILURES as error:
         message = (
             f"{name} cannot be read below {data_dir} ({type(error).__name__}: {error}): delete "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .files import DataError
 
 
 class Split(NamedTuple):

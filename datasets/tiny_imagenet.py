@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import torchvision
 
-from .errors import DataError
+from .files import DataError, one_at_a_time, sync_folder
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -50,8 +50,12 @@ def load(data_dir: Path) -> Arrays:
     """
     cache, archive, folder = (data_dir / f"{FOLDER}{suffix}" for suffix in (".npy", ".zip", ""))
     arrays = _read(cache)
-    if arrays is None:
-        if os.path.isdir(folder) and not os.path.exists(archive):
+    if arrays is not None:
+        return arrays
+    with one_at_a_time(data_dir / f".{FOLDER}.lock"):
+        if _read(cache) is not None:
+            pass  # made by whoever was in here before
+        elif os.path.isdir(folder) and not os.path.exists(archive):
             files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
             names = [file.relative_to(data_dir).as_posix() for file in files]
             decode(folder, names, lambda name: (data_dir / name).read_bytes(), cache)
@@ -62,7 +66,7 @@ def load(data_dir: Path) -> Arrays:
                     decode(archive, members.namelist(), members.read, cache)
             except (OSError, zipfile.BadZipFile) as error:
                 raise _unusable(archive, f"cannot be read as a zip file ({error})") from error
-        arrays = _read(cache)
+    arrays = _read(cache)
     if arrays is None:
         raise DataError(f"{cache} cannot be read back: check that disk, or use another --data-dir")
     return arrays
@@ -107,7 +111,7 @@ def decode(source: Path, names: Iterable[str], read: Callable[[str], bytes], cac
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, cache)
-        _sync_folder(cache.parent)  # so that the new name outlives a power cut
+        sync_folder(cache.parent)
     except OSError as error:
         raise DataError(
             f"{cache} cannot be written ({error}): make room for it, or use another --data-dir"
@@ -171,16 +175,6 @@ def _stream(pixels: Callable[[str], bytes], names: list[str], file: BinaryIO) ->
             chunk = names[start : start + 1000]
             file.writelines(workers.map(pixels, chunk))
             bar.update(len(chunk))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the folder's entries to disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read(cache: Path) -> Arrays | None:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-# How long one rank waits for another. A rank that dies closes its connections, which ends a wait
-# at once; these end it where a whole machine vanishes. In training and scoring all do the same
-# work at the same time; what rank 0 does alone (a download, k-means over millions) takes longer.
+# How long one rank waits for another. A rank that dies ends the wait at once with gloo, which sees
+# its connections close, and with NCCL through torchrun; these end it where a machine vanishes. In
+# training and scoring all do the same work at the same time; what rank 0 does alone (a download,
+# k-means over millions) takes longer.
 STEP_TIMEOUT, ALONE_TIMEOUT = timedelta(minutes=30), timedelta(hours=12)
 
 _control = None  # process group of gloo, on CUDA too: of Python objects and of long waits
@@ -66,9 +67,15 @@ def _poll(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def launched() -> bool:
+    """Whether this is one of several processes that torchrun, or what sets the same, started."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def local_rank() -> int:
     """This process among those of its machine, 0 in a run without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def rank() -> int:

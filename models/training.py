@@ -67,7 +67,8 @@ def train(
     state: what `snapshot` returned in an earlier process, to go on from there.
     pause(epochs done, or None within an epoch; snapshot) follows every step,
     report(epochs done, mean loss) every epoch. Under torchrun the ranks share out each batch.
-    Raises Diverged after an epoch whose loss is not finite, Misfit where state does not fit.
+    Raises Diverged after an epoch, and from a snapshot, where loss or weights are not finite;
+    Misfit where state does not fit.
     """
     device = data.train.pixels.device
     count, amp = len(indices), AMP[args.amp]
@@ -76,6 +77,10 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), args.lr_model, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
     )
+    # As the first step would, were it not for fp16: a fused step that the scaler skips leaves the
+    # momentum uninitialised.
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.stepsize, args.gamma)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -95,7 +100,7 @@ def train(
             raise Misfit("the checkpoint is of another network: start with --overwrite") from error
 
     def snapshot() -> dict:
-        where = {"epoch": epoch, "step": step, "loss": _finite(loss_sum, epoch)}
+        where = {"epoch": epoch, "step": step, "loss": _finite(loss_sum, network, epoch)}
         return where | {name: part.state_dict() for name, part in parts.items()}
 
     module = network
@@ -120,7 +125,8 @@ def train(
                 torch.manual_seed(seeds[step] + parallel.rank())
             # One shape, hence one compilation: the last partial batch runs as it is.
             whole = end - begin == args.batch_size
-            loss_of = _compiled(batch_loss) if args.compile and whole else batch_loss
+            compiled = args.compile and whole
+            loss_of = _compiled(batch_loss, device.type) if compiled else batch_loss
             optimizer.zero_grad()
             features, loss = loss_of(module, images, targets, temperature, amp)
             loss_sum += loss.detach() * (weight > 0)
@@ -136,7 +142,7 @@ def train(
             if step < len(begins):
                 pause(None, snapshot)
         parallel.add(loss_sum)
-        mean_loss = _finite(loss_sum, epoch) / count
+        mean_loss = _finite(loss_sum, network, epoch) / count
         epoch, step, loss_sum = epoch + 1, 0, torch.zeros((), device=device)
         scheduler.step()
         report(epoch, mean_loss)
@@ -174,9 +180,10 @@ def score(
     edges = [min(e * size, len(indices)) for e in parallel.bounds(math.ceil(len(indices) / size))]
     counts = [end - begin for begin, end in itertools.pairwise(edges)]
     mine = slice(edges[parallel.rank()], edges[parallel.rank() + 1])
-    # One shape, hence one compilation: the last batch is filled up, and its surplus cut off.
+    # One shape, hence one compilation and one choice of cuDNN's: the last batch is filled up, and
+    # its surplus cut off.
     n = counts[parallel.rank()]
-    surplus = -n % size if args.compile else 0
+    surplus = -n % size if args.compile or device.type == "cuda" else 0
     indices = F.pad(indices[mine], (0, surplus)).to(device)
     if parameters is not None:
         parameters = F.pad(parameters[mine], (0, 0, 0, surplus)).to(device)
@@ -186,7 +193,7 @@ def score(
         shapes["mc_logits"] = (len(masks), n + surplus, classes)
     filled = {name: torch.empty(shapes[name], device=device) for name in reads}
     folded = fold_batchnorm(network)
-    forward = _compiled(_forward) if args.compile else _forward
+    forward = _compiled(_forward, device.type) if args.compile else _forward
     for begin in _bar("score", range(0, n, size)):
         rows = slice(begin, begin + size)
         if parameters is None:
@@ -241,20 +248,23 @@ def evaluate(network: ResNet, data: OpenSetData, args: Namespace) -> float:
 
 
 @functools.cache
-def _compiled(function: Callable) -> Callable:
-    """torch.compile, once per function; with CUDA graphs where there is CUDA.
+def _compiled(function: Callable, device_type: str) -> Callable:
+    """torch.compile, once per function; with CUDA graphs on CUDA.
 
     A graph's outputs are overwritten by its next run: whatever outlives a batch is copied or added
     up before. A new network has new addresses, so its first batch records the graph anew.
     """
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    mode = "reduce-overhead" if device_type == "cuda" else None
     return torch.compile(function, mode=mode, dynamic=False)
 
 
-def _finite(loss_sum: Tensor, epoch: int) -> float:
+def _finite(loss_sum: Tensor, network: nn.Module, epoch: int) -> float:
+    """The loss as a number; Diverged where it, or what the last step made of a weight, is none."""
     loss = float(loss_sum)
     if not math.isfinite(loss):
         raise Diverged(f"the training loss became {loss} in epoch {epoch + 1}: lower --lr-model")
+    if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():
+        raise Diverged(f"the weights became nan or inf in epoch {epoch + 1}: lower --lr-model")
     return loss
 
 

@@ -1,7 +1,8 @@
 """Query strategies: pure functions from the pool's outputs to positions in the pool.
 
 To add one: copy `uncertainty.py` to a new file, change what `query` computes, list in READS the
-fields of PoolOutputs that it uses, and add a line to STRATEGIES.
+fields of PoolOutputs that it uses, and import it and add a line to STRATEGIES below. Its name may
+have letters, digits, "-" and single "_".
 """
 
 from types import ModuleType

@@ -7,6 +7,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances_argmin
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .outputs import PoolOutputs
@@ -26,8 +27,10 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """
     features = outputs.features.float().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=generator))
+    # Threads add up their parts of a centre in the order in which they finish: two are the most
+    # for which that is the same sum every time.
     kmeans = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, random_state=seed)
-    with warnings.catch_warnings():
+    with threadpool_limits(2, "openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centres
         centers = kmeans.fit(features).cluster_centers_
     return torch.from_numpy(nearest_distinct(centers, features))

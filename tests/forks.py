@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -57,6 +58,14 @@ class Forks:
     def run(self, cwd, script, *arguments, before=""):
         """Start a script and wait for its end."""
         return self.wait(self.start(cwd, script, *arguments, before=before))
+
+
+def wait_for(path):
+    """Wait until a file is there."""
+    end = time.monotonic() + LIMIT
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
 
 
 def at(module, function, call, action):

@@ -33,7 +33,7 @@ from query_strategies import STRATEGIES, select
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["--use-cpu", "--no-tensorboard", "--dataset", "digits", "--checkpoint-epochs", "2"]
-RUN = ["--max-query", "3", "--max-epoch", "6", *TINY]
+RUN = ["--max-query", "4", "--max-epoch", "6", *TINY]
 POOLS = [1, 40, 64, 65, 200]  # images, in batches of 64
 BATCHES = [32, 7, 1]  # images: equal shares, unequal ones, and one rank without
 FIELDS = ("features", "logits", "mc_logits")
@@ -151,6 +151,7 @@ class Torchrun:
         self.mark = f"TEST_DISTRIBUTED={folder}/{time.monotonic_ns()}"  # known to its processes
         name, value = self.mark.split("=")
         env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env["TMPDIR"] = str(folder)  # torchrun leaves its logs there
         self.output = Path(folder, "output")
         with open(self.output, "w") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
@@ -199,12 +200,12 @@ def text_of(folder):
 
 
 def inside_round(folder, done):
-    """Whether `done` rounds are done, and a network is under training."""
+    """Whether `done` rounds or more are done, and a network is under training."""
     if f"round {done - 1} " not in text_of(folder):
         return False
     (path,) = folder.glob("*.pt")
     state = torch.load(path, weights_only=True)
-    return state["round"] == done and state["training"] is not None
+    return state["round"] >= done and state["training"] is not None
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +282,16 @@ def test_errors_reach_every_rank_and_one_reads_the_data_first(pair):
 def test_only_rank_0_writes(pair):
     folder, output, _ = pair
     assert len(list((folder / "baseline").iterdir())) == 3  # .pkl, .log, .pt
-    assert list(log_of(folder / "whole")["Acc"]) == [0, 1, 2]
-    assert output.count("finished after 3 rounds") == 1
+    assert list(log_of(folder / "whole")["Acc"]) == [0, 1, 2, 3]
+    assert output.count("finished after 4 rounds") == 1
 
 
 def test_stopped_by_sigterm_killed_and_restarted(pair, tmp_path):
-    """Stopped in round 1; its own command goes on; a rank is killed in round 2; all is there."""
+    """Stopped in a round; its own command goes on; a rank is killed in one; all is there."""
     folder, output, _ = pair
     (command,) = re.findall("stopped; go on with: (.*)", output)
     checkpoint = torch.load(next((folder / "broken").glob("*.pt")), weights_only=True)
-    assert 0 < checkpoint["round"] < 3
+    assert 0 < checkpoint["round"] < 4
     assert list(log_of(folder / "broken")["Acc"]) == list(range(checkpoint["round"]))
     if checkpoint["training"]:  # all ranks stopped after the same epoch
         assert checkpoint["training"]["step"] == 0
@@ -299,6 +300,7 @@ def test_stopped_by_sigterm_killed_and_restarted(pair, tmp_path):
     assert program == "torchrun"
     assert words[:3] == ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     with Torchrun(tmp_path, words) as torchrun:
+        torchrun.until(lambda: text_of(folder / "broken").count("processes=2") == 2)
         torchrun.until(lambda: inside_round(folder / "broken", 2))
         os.kill(torchrun.workers()[1], signal.SIGKILL)
         status, output = torchrun.wait()
@@ -351,6 +353,23 @@ def test_synchronised_batch_norm_can_be_folded():
 LOST = "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:25509"
 
 
+def as_of_torchrun(monkeypatch, rank):
+    """The environment of one of two processes that it starts."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+
+
+def test_what_a_cluster_sets_without_torchrun_is_not_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert utils.setup_device(arguments()) == torch.device("cpu")
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("rank", "world", "error", "status", "line"),
     [
@@ -362,13 +381,13 @@ LOST = "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:2
         (0, 2, models.Diverged("x"), 2, "error: x"),  # all ranks raise it
         (1, 2, models.Diverged("x"), 2, ""),
         (1, 2, models.Misfit("x"), 2, ""),
-        (1, 2, RuntimeError(LOST), 1, "error: rank 1: another process of this run has ended"),
+        (1, 2, RuntimeError(LOST), 1, "error: rank 1: another process has ended, --res"),
         (1, 2, utils.Stopped(), 143, ""),
     ],
 )
 def test_who_tells_an_error(monkeypatch, capsys, rank, world, error, status, line):
     monkeypatch.setattr(sys, "argv", ["AL_center.py"])
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    as_of_torchrun(monkeypatch, rank)
     monkeypatch.setattr(parallel, "rank", lambda: rank if world > 1 else 0)
     monkeypatch.setattr(parallel, "world", lambda: world)
     monkeypatch.setattr(utils.signal, "signal", lambda *_: None)
@@ -388,7 +407,7 @@ def test_who_tells_an_error(monkeypatch, capsys, rank, world, error, status, lin
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_tells_a_mistyped_argument(monkeypatch, capsys, rank):
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    as_of_torchrun(monkeypatch, rank)
     with pytest.raises(SystemExit) as ended:
         arguments("--seed", "x")
     assert ended.value.code == 2
@@ -403,10 +422,9 @@ def test_several_gpus_need_torchrun(monkeypatch):
         utils.setup_device(args)
 
 
-@pytest.mark.parametrize("flags", [["--compile"], ["--gpu", "1"]])
+@pytest.mark.parametrize("flags", [["--compile"], ["--gpu", "1"], ["--gpu", "1,1"]])
 def test_refused_under_torchrun(monkeypatch, flags):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    as_of_torchrun(monkeypatch, 0)
     with pytest.raises(utils.UserError, match=flags[0]):
         utils.setup_device(arguments(*flags))
     assert not dist.is_initialized()
@@ -453,7 +471,8 @@ def test_the_grid_of_the_help_text(monkeypatch, capsys, tmp_path, script, how):
         runs.append((args.seed, args.query_strategy, args.known_class))
         names.add(utils.run_name(args))
     assert count == len(names) == len(runs)
-    assert set(runs) == set(itertools.product([1, 2, 3, 4], STRATEGIES, [20, 30, 40]))
+    published = ["random", "uncertainty", "AV_based", "AV_temperature", "KMeans", "BALD"]
+    assert set(runs) == set(itertools.product([1, 2, 3, 4], published, [20, 30, 40]))
     if how == "array":
         assert [seed for seed, _, _ in runs[:5]] == [1, 2, 3, 4, 1]
 

@@ -16,7 +16,17 @@ import zipfile
 
 import pytest
 import torch
-from forks import BASELINE, LFOSA, ROOT, UNTRAINED, assert_ends_well, assert_one_line, at, find
+from forks import (
+    BASELINE,
+    LFOSA,
+    ROOT,
+    UNTRAINED,
+    assert_ends_well,
+    assert_one_line,
+    at,
+    find,
+    wait_for,
+)
 from tensorboardX.proto.event_pb2 import Event
 
 # BALD, for the stream of its dropout masks
@@ -86,8 +96,10 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script, strateg
     forks.run(tmp_path, script, *UNTRAINED, "--save-dir", "unused")
     brief = time.perf_counter() - begin  # a start and little more, on this machine and right now
 
-    rounds, kills, inside, done = 2, 0, 0, 0
+    rounds, kills, inside, done, late = 2, 0, 0, 0, 0
     while True:
+        text = find(tmp_path, "log")
+        size = text.stat().st_size if text else 0
         arguments = [*TINY, *strategy, "--max-query", rounds]
         before, writes = "", kills % 3 == 2  # every third kill
         if kills < KILLS and writes:
@@ -103,6 +115,8 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script, strateg
         done = len(log["Acc"]) if log else 0
         if ran.returncode == -signal.SIGKILL:
             kills, inside = kills + 1, inside + writes
+            text = find(tmp_path, "log")
+            late += bool(text) and not writes and text.stat().st_size > size  # it was under way
             continue
         assert_ends_well(ran)
         if kills >= KILLS:
@@ -112,6 +126,7 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script, strateg
     assert find(tmp_path, "pkl").read_bytes() == reference(script, *arguments)
     files = {file.suffix for file in (tmp_path / "log_AL").iterdir()}
     assert files == {".pkl", ".pt", ".log", ""}  # no half of a write is left; "" is tb
+    assert late > 0
     network = "classifier" if script == BASELINE else "detector"
     steps = {("Recall", q) for q in range(rounds)}
     steps |= {(f"loss/{network}", step) for step in range(1, 2 * rounds + 1)}
@@ -185,8 +200,7 @@ def test_two_processes(forks, reference, tmp_path):
     wait = "pathlib.Path('training').touch(); time.sleep(300)"
     before = at("models.training", "batch_loss", 9, wait)
     first = forks.start(tmp_path, LFOSA, *arguments, before=before)
-    while not (tmp_path / "training").exists():
-        time.sleep(0.01)
+    wait_for(tmp_path / "training")
     files = {file: file.read_bytes() for file in (tmp_path / "log_AL").iterdir() if file.is_file()}
     for flag in ("--resume", "--overwrite"):
         ran = forks.run(tmp_path, LFOSA, *arguments, flag)
@@ -204,8 +218,7 @@ def test_finished_while_another_started(forks, tmp_path):
     go_on = "\n        while not os.path.exists('finished'): time.sleep(0.01)"
     before = at("sklearn.datasets", "load_digits", 1, f"open('started', 'w').close(){go_on}")
     second = forks.start(tmp_path, BASELINE, *UNTRAINED, before=before)
-    while not (tmp_path / "started").exists():
-        time.sleep(0.01)
+    wait_for(tmp_path / "started")
     assert_ends_well(forks.run(tmp_path, BASELINE, *UNTRAINED))
     (tmp_path / "finished").touch()
     assert_one_line(forks.wait(second), "is there already")

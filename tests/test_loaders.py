@@ -7,9 +7,11 @@ import os
 import pickle
 import shutil
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torchvision
 from PIL import Image
 
 from datasets import cifar, digits, tiny_imagenet
-from datasets.errors import DataError
+from datasets.files import DataError, one_at_a_time
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,22 @@ def check_arrays(arrays, expected):
         assert array.dtype == dtype
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(array, like)
+
+
+def test_one_at_a_time(tmp_path):
+    """Whoever waits for the file finds it removed, and another in its place."""
+    inside, lock = [], tmp_path / "new" / ".lock"
+
+    def enter(number):
+        with one_at_a_time(lock):
+            inside.append(number)
+            time.sleep(0.001)
+            assert inside == [number]
+            inside.clear()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(enter, range(100)))
+    assert not list(lock.parent.iterdir())
 
 
 # CIFAR
@@ -254,7 +272,7 @@ def test_tiny_imagenet_download(tmp_path, members, monkeypatch):
 
     def download_url(url, root, filename, md5):
         calls.append((url, md5))
-        os.makedirs(root)
+        os.makedirs(root, exist_ok=True)
         shutil.copy(source, os.path.join(root, filename))
 
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", download_url)

@@ -369,9 +369,49 @@ def test_a_loss_that_is_not_finite_raises_diverged(when):
             snapshot()  # no checkpoint of such a network either
 
     args, network = settings(lr_model=1e9, max_epoch=3), create(num_classes=5)
-    with pytest.raises(models.Diverged, match=r"loss became (nan|inf) in epoch \d") as error:
+    says = r"(loss|weights) became (nan|inf).* in epoch \d"
+    with pytest.raises(models.Diverged, match=says) as error:
         train(network, make_data(), torch.arange(40), args, pause=pause)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_not_kept_though_the_loss_is(monkeypatch):
+    """The last step of an epoch spoils them, after its loss."""
+    steps, step = [], torch.optim.SGD.step
+
+    def spoil(optimizer, *args, **options):
+        steps.append(step(optimizer, *args, **options))
+        if len(steps) == 3:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][4].view(-1)[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoil)
+    reports = []
+    with pytest.raises(models.Diverged, match="weights became nan or inf in epoch 1"):
+        hooks = {"report": lambda *_: reports.append(1)}
+        train(create(num_classes=5), make_data(), torch.arange(40), settings(max_epoch=2), **hooks)
+    assert not reports
+
+
+def test_a_first_step_that_overflows_in_fp16_is_skipped(monkeypatch):
+    batch_loss, calls, seen = training.batch_loss, [], []
+
+    def large_at_first(*args):
+        features, loss = batch_loss(*args)
+        calls.append(1)
+        return features, loss * (1e35 if len(calls) == 1 else 1)
+
+    def pause(epochs, snapshot):
+        if len(calls) == 1:
+            seen.append(copy.deepcopy(network.state_dict()))
+
+    monkeypatch.setattr(training, "batch_loss", large_at_first)
+    args, network = settings(amp="fp16", max_epoch=1), create(num_classes=5)
+    before = copy.deepcopy(dict(network.named_parameters()))
+    train(network, make_data(), torch.arange(40), args, pause=pause)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(seen[0][name], before[name]), name
+        assert not torch.equal(parameter, before[name]) and parameter.isfinite().all(), name
 
 
 # ---- going on ----------------------------------------------------------------------------------
@@ -644,10 +684,11 @@ def test_cuda_path_mixes_no_devices(name, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_training_and_scoring_on_cuda(name, amp):
-    device, args = torch.device("cuda"), settings(amp=amp, weight_cent=0.1)
+def test_training_and_scoring_on_cuda(name, amp, compile):
+    device, args = torch.device("cuda"), settings(amp=amp, weight_cent=0.1, compile=compile)
     data = make_data(size=32, device=device)
     network = models.create(name, 5, 2, generator(0), device, 0.5)
     train(network, data, torch.arange(50), args, temperature=[0.5] * 5)
