@@ -84,13 +84,18 @@ class Table:
         self.rows.append(dict(zip(names, row, strict=True)))
 
 
-def seconds(function: Callable) -> float:
-    """What one call takes."""
-    begin = time.perf_counter()
-    function()
+def now() -> float:
+    """Seconds on a clock, when all that was asked of the device is done."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter()
+
+
+def seconds(function: Callable) -> float:
+    """What one call takes."""
+    begin = now()
+    function()
+    return now() - begin
 
 
 def in_turn(repeats: int, *functions: Callable) -> list[list[float]]:
@@ -340,9 +345,9 @@ def watch(owner: object, name: str, then: Callable[[float], None]) -> None:
     original = getattr(owner, name)
 
     def replacement(*args, **options):
-        begin = time.perf_counter()
+        begin = now()
         result = original(*args, **options)
-        then(time.perf_counter() - begin)
+        then(now() - begin)
         return result
 
     setattr(owner, name, replacement)
