@@ -26,8 +26,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -170,26 +170,6 @@ def random_data(count: int) -> tuple[np.ndarray, list[int], OpenSetData]:
     return pixels, labels.tolist(), OpenSetData(images, targets, labels < K, images, targets)
 
 
-def measure_augmentation(table: Table, repeats: int, count: int = 2048) -> None:
-    """Images through crop, flip, rotation and normalisation, in batches as in training."""
-    pixels, labels, data = random_data(count)
-    plain = PlainImages(pixels, labels, MOVED + AS_TENSOR)
-
-    def theirs() -> None:
-        for rows in torch.randperm(count).split(BATCH):
-            torch.stack([plain[i][0] for i in rows.tolist()])
-
-    def ours() -> None:
-        order = torch.randperm(count).to(DEVICE)
-        parameters = augment.draw(data.train, count, torch.Generator()).to(DEVICE)
-        for rows, own in zip(order.split(BATCH), parameters.split(BATCH), strict=True):
-            augment.augment(data.train, rows, own)
-
-    ours()
-    slow, fast = (rates(count, s) for s in in_turn(repeats, theirs, ours))
-    table.add("augmentation, against PIL transforms", "images/s", fast, slow, ">= 12")
-
-
 def flops_per_image() -> tuple[int, int]:
     """Floating-point operations of ResNet-18 per image: forward, and forward plus backward.
 
@@ -205,12 +185,13 @@ def flops_per_image() -> tuple[int, int]:
 
 
 @functools.cache
-def networks(plain: bool, count: int) -> tuple[Callable[[int], None], Callable[..., None]]:
-    """train(images) and score(images) of ResNet-18 with the published settings, on `count` images.
+def jobs(plain: bool, kept: int) -> tuple[Callable[[int], None], ...]:
+    """augment(images), train(images) and score(images) of ResNet-18 with the published settings.
 
-    plain: as the field writes it; otherwise the project's, with a second argument --compile.
+    Of the first of `kept` images. plain: as the field writes it; otherwise the project's, train and
+    score with a second argument --compile.
     """
-    pixels, labels, data = random_data(count)
+    pixels, labels, data = random_data(kept)
     network = models.create("resnet18", K + 1, 2, torch.Generator(), DEVICE)
     if plain:
         network.to(memory_format=torch.contiguous_format)
@@ -219,7 +200,13 @@ def networks(plain: bool, count: int) -> tuple[Callable[[int], None], Callable[.
         def images(count: int, steps: list[Callable]) -> PlainImages:
             return PlainImages(pixels[:count], labels[:count], steps)
 
+        def move_plainly(count: int) -> None:
+            moved = images(count, MOVED + AS_TENSOR)
+            for rows in torch.randperm(count).split(BATCH):
+                torch.stack([moved[i][0] for i in rows.tolist()])
+
         return (
+            move_plainly,
             lambda count: plain_epoch(network, optimizer, images(count, MOVED + AS_TENSOR)),
             lambda count: plain_scores(network, images(count, AS_TENSOR)),
         )
@@ -227,6 +214,12 @@ def networks(plain: bool, count: int) -> tuple[Callable[[int], None], Callable[.
         utils.keep_memory()
     args = Namespace(max_epoch=1, batch_size=BATCH, lr_model=0.01, stepsize=20, gamma=0.5)
     args = Namespace(**vars(args), weight_cent=0.0, amp="off", eval_batch_size=256)
+
+    def move(count: int) -> None:
+        order = torch.randperm(count).to(DEVICE)
+        parameters = augment.draw(data.train, count, torch.Generator()).to(DEVICE)
+        for rows, own in zip(order.split(BATCH), parameters.split(BATCH), strict=True):
+            augment.augment(data.train, rows, own)
 
     def train(count: int, compile: bool = False) -> None:
         args.compile, T = compile, [0.5] * (K + 1)
@@ -237,37 +230,54 @@ def networks(plain: bool, count: int) -> tuple[Callable[[int], None], Callable[.
         args.compile = compile
         models.score(network, data.train, torch.arange(count), args)
 
-    return train, score
+    return move, train, score
 
 
-def run_networks(plain: bool, kept: int, which: int, *arguments: int) -> float:
-    """Seconds of train (which = 0) or score (1) of `networks`."""
-    return seconds(partial(networks(plain, kept)[which], *arguments))
+def run_job(plain: bool, kept: int, which: int, *arguments: int) -> float:
+    """Seconds of augment (which = 0), train (1) or score (2) of `jobs`."""
+    return seconds(partial(jobs(plain, kept)[which], *arguments))
+
+
+@contextlib.contextmanager
+def workers(kept: int) -> Iterator[Callable[..., Callable]]:
+    """call(plain, which, *arguments): a function that has `run_job` run by one of two processes.
+
+    One is for the plain jobs, one for the project's: they ask the C library for different things.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
+
+        def call(plain: bool, *arguments: int) -> Callable:
+            worker = theirs if plain else ours
+            return lambda: worker.submit(run_job, plain, kept, *arguments).result()
+
+        yield call
+
+
+def measure_augmentation(table: Table, repeats: int, count: int = 2048) -> None:
+    """Images through crop, flip, rotation and normalisation, in batches as in training."""
+    with workers(count) as call:
+        kinds = call(True, 0, count), call(False, 0, count)
+        in_turn(2, *kinds)
+        slow, fast = (rates(count, s) for s in in_turn(repeats, *kinds))
+    table.add("augmentation, against PIL transforms", "images/s", fast, slow, ">= 12")
 
 
 def measure_networks(table: Table, repeats: int, trained: int, scored: int, compile: bool) -> None:
-    """Epochs of `trained` images and a pool of `scored`: the plain loop and the project in turn.
-
-    Each in a process of its own, since they ask the C library for different things.
-    """
+    """Epochs of `trained` images and a pool of `scored`: the plain loop and the project in turn."""
     kept, (forward, both) = max(trained, scored), flops_per_image()
     matrices = torch.rand(2, 4096, 4096, device=DEVICE)
     product_of = partial(torch.mm, *matrices, out=torch.empty_like(matrices[0]))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as theirs, ProcessPoolExecutor(1, spawn) as ours:
-
-        def call(worker: Executor, *arguments: int) -> Callable:
-            return lambda: worker.submit(run_networks, worker is theirs, kept, *arguments).result()
-
+    with workers(kept) as call:
         for which, what, count, flops, targets in (
-            (0, "training", trained, both, (">= 1.2", ">= 1.35", "", ">= 0.9")),
-            (1, "pool scoring", scored, forward, (">= 1.25", ">= 1.5", "", "")),
+            (1, "training", trained, both, (">= 1.2", ">= 1.35", "", ">= 0.9")),
+            (2, "pool scoring", scored, forward, (">= 1.25", ">= 1.5", "", "")),
         ):
-            kinds = [(theirs,), (ours,), (ours, True)][: 2 + compile]
+            kinds = [(True, ()), (False, ()), (False, (True,))][: 2 + compile]
             # Once on few images, since the first batch of each size prepares for what follows.
             few = min(count, BATCH + count % BATCH)
-            warm = [call(worker, which, few, *more)() for worker, *more in kinds]
-            calls = [call(worker, which, count, *more) for worker, *more in kinds]
+            warm = [call(plain, which, few, *more)() for plain, more in kinds]
+            calls = [call(plain, which, count, *more) for plain, more in kinds]
             slow, *fast, product = in_turn(repeats, *calls, product_of)
             ways = ["", ", --compile"]
             for way, samples, target in zip(ways, fast, targets[:2], strict=False):
@@ -504,7 +514,7 @@ def main() -> None:
         if "augmentation" in args.only:
             measure_augmentation(table, 3 if quick else 9)
         if "networks" in args.only:
-            sizes = (1, 160, 256, False) if quick else (3, LABELED, 1024, True)
+            sizes = (1, 160, 256, False) if quick else (5, LABELED, 1024, True)
             measure_networks(table, *sizes)
         if "selection" in args.only:
             measure_selection(table, 3, slow=not quick)
