@@ -76,7 +76,8 @@ class Table:
             limit = float(target[3:])
             reached = value <= limit if target.startswith("<=") else value >= limit
         cells = [measure, *(f"{median(x):.4g} {unit}" if x else "" for x in (ours, reference))]
-        cells.append(f"{value:.3g} ({min(ratios):.3g}-{max(ratios):.3g})" if ratios else "")
+        spread = f" ({min(ratios):.3g}-{max(ratios):.3g})" if len(ratios) > 1 else ""
+        cells.append(f"{value:.3g}{spread}" if ratios else "")
         print("|", " | ".join([*cells, target, {None: "", True: "yes", False: "no"}[reached]]), "|")
         sys.stdout.flush()
         names = ("measure", "unit", "ours", "reference", "ratios", "target", "reached")
@@ -238,6 +239,19 @@ def run_job(plain: bool, kept: int, which: int, *arguments: int) -> float:
     return seconds(partial(jobs(plain, kept)[which], *arguments))
 
 
+def run_profile(kept: int, which: int, *arguments: int) -> dict[str, float]:
+    """Seconds that the operators themselves take in one of our `jobs`, by their names."""
+    jobs(False, kept)[which](*arguments)
+    with torch.profiler.profile() as profile:
+        jobs(False, kept)[which](*arguments)
+    taken = defaultdict(float)
+    for event in profile.key_averages():
+        name = "fused by --compile" if "CompiledFxGraph" in event.key else event.key
+        microseconds = f"self_{DEVICE.type.replace('cuda', 'device')}_time_total"
+        taken[name] += getattr(event, microseconds) / 1e6
+    return taken
+
+
 @contextlib.contextmanager
 def workers(kept: int) -> Iterator[Callable[..., Callable]]:
     """call(plain, which, *arguments): a function that has `run_job` run by one of two processes.
@@ -289,6 +303,17 @@ def measure_networks(table: Table, repeats: int, trained: int, scored: int, comp
                 table.add(row, "GFLOP/s", rates(count * flops / 1e9, samples), product, target)
             if compile:
                 table.add(f"{what}, first compilation", "s", [warm[2] - warm[1]])
+
+
+def measure_profile(table: Table, count: int = 2 * BATCH, shown: int = 5) -> None:
+    """Which operators take the time: their share of all operators' own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        for which, what in ((1, "training"), (2, "pool scoring")):
+            for way, more in (("", ()), (", --compile", (True,))):
+                taken = worker.submit(run_profile, count, which, count, *more).result()
+                total = sum(taken.values())
+                for name in sorted(taken, key=taken.get, reverse=True)[:shown]:
+                    table.add(f"{what}{way}: {name}", "s", [taken[name]], [total])
 
 
 def random_outputs(name: str, count: int) -> PoolOutputs:
@@ -502,7 +527,7 @@ def main() -> None:
     text += "network in the round, no BALD, no KMeans and nothing compiled"
     parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--out", help="write machine and samples to this JSON file, too")
-    names = ["augmentation", "networks", "selection", "round", "start", "compilations"]
+    names = ["augmentation", "networks", "profile", "selection", "round", "start", "compilations"]
     text = f"measure these alone: {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="X", help=text)
     args = parser.parse_args()
@@ -516,6 +541,8 @@ def main() -> None:
         if "networks" in args.only:
             sizes = (1, 160, 256, False) if quick else (5, LABELED, 1024, True)
             measure_networks(table, *sizes)
+        if "profile" in args.only and not quick:
+            measure_profile(table)
         if "selection" in args.only:
             measure_selection(table, 3, slow=not quick)
         if "round" in args.only:
