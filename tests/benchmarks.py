@@ -186,11 +186,11 @@ def flops_per_image() -> tuple[int, int]:
 
 
 @functools.cache
-def jobs(plain: bool, kept: int) -> tuple[Callable[[int], None], ...]:
-    """augment(images), train(images) and score(images) of ResNet-18 with the published settings.
+def jobs(plain: bool, kept: int) -> dict[str, Callable]:
+    """augment(count), train(count) and score(count): the first `count` of `kept` random images.
 
-    Of the first of `kept` images. plain: as the field writes it; otherwise the project's, train and
-    score with a second argument --compile.
+    With ResNet-18 and the published settings. plain: as the field writes it; otherwise the
+    project's, train and score with a second argument --compile.
     """
     pixels, labels, data = random_data(kept)
     network = models.create("resnet18", K + 1, 2, torch.Generator(), DEVICE)
@@ -206,11 +206,11 @@ def jobs(plain: bool, kept: int) -> tuple[Callable[[int], None], ...]:
             for rows in torch.randperm(count).split(BATCH):
                 torch.stack([moved[i][0] for i in rows.tolist()])
 
-        return (
-            move_plainly,
-            lambda count: plain_epoch(network, optimizer, images(count, MOVED + AS_TENSOR)),
-            lambda count: plain_scores(network, images(count, AS_TENSOR)),
-        )
+        return {
+            "augment": move_plainly,
+            "train": lambda n: plain_epoch(network, optimizer, images(n, MOVED + AS_TENSOR)),
+            "score": lambda n: plain_scores(network, images(n, AS_TENSOR)),
+        }
     if DEVICE.type == "cpu":
         utils.keep_memory()
     args = Namespace(max_epoch=1, batch_size=BATCH, lr_model=0.01, stepsize=20, gamma=0.5)
@@ -231,19 +231,14 @@ def jobs(plain: bool, kept: int) -> tuple[Callable[[int], None], ...]:
         args.compile = compile
         models.score(network, data.train, torch.arange(count), args)
 
-    return move, train, score
+    return {"augment": move, "train": train, "score": score}
 
 
-def run_job(plain: bool, kept: int, which: int, *arguments: int) -> float:
-    """Seconds of augment (which = 0), train (1) or score (2) of `jobs`."""
-    return seconds(partial(jobs(plain, kept)[which], *arguments))
-
-
-def run_profile(kept: int, which: int, *arguments: int) -> dict[str, float]:
-    """Seconds that the operators themselves take in one of our `jobs`, by their names."""
-    jobs(False, kept)[which](*arguments)
+def profiled(job: Callable) -> dict[str, float]:
+    """Seconds that the operators themselves take in a second run of `job`, by their names."""
+    job()
     with torch.profiler.profile() as profile:
-        jobs(False, kept)[which](*arguments)
+        job()
     taken = defaultdict(float)
     for event in profile.key_averages():
         name = "fused by --compile" if "CompiledFxGraph" in event.key else event.key
@@ -252,18 +247,23 @@ def run_profile(kept: int, which: int, *arguments: int) -> dict[str, float]:
     return taken
 
 
+def run_job(measure: Callable, plain: bool, kept: int, name: str, *arguments: int):
+    """What measure, `seconds` or `profiled`, says of one of the `jobs`."""
+    return measure(partial(jobs(plain, kept)[name], *arguments))
+
+
 @contextlib.contextmanager
-def workers(kept: int) -> Iterator[Callable[..., Callable]]:
-    """call(plain, which, *arguments): a function that has `run_job` run by one of two processes.
+def workers(kept: int, measure: Callable = seconds) -> Iterator[Callable[..., Callable]]:
+    """call(plain, name, *arguments): a function that has `run_job` run by one of two processes.
 
     One is for the plain jobs, one for the project's: they ask the C library for different things.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
 
-        def call(plain: bool, *arguments: int) -> Callable:
+        def call(plain: bool, *arguments: str | int) -> Callable:
             worker = theirs if plain else ours
-            return lambda: worker.submit(run_job, plain, kept, *arguments).result()
+            return lambda: worker.submit(run_job, measure, plain, kept, *arguments).result()
 
         yield call
 
@@ -271,7 +271,7 @@ def workers(kept: int) -> Iterator[Callable[..., Callable]]:
 def measure_augmentation(table: Table, repeats: int, count: int = 2048) -> None:
     """Images through crop, flip, rotation and normalisation, in batches as in training."""
     with workers(count) as call:
-        kinds = call(True, 0, count), call(False, 0, count)
+        kinds = call(True, "augment", count), call(False, "augment", count)
         in_turn(2, *kinds)
         slow, fast = (rates(count, s) for s in in_turn(repeats, *kinds))
     table.add("augmentation, against PIL transforms", "images/s", fast, slow, ">= 12")
@@ -283,15 +283,15 @@ def measure_networks(table: Table, repeats: int, trained: int, scored: int, comp
     matrices = torch.rand(2, 4096, 4096, device=DEVICE)
     product_of = partial(torch.mm, *matrices, out=torch.empty_like(matrices[0]))
     with workers(kept) as call:
-        for which, what, count, flops, targets in (
-            (1, "training", trained, both, (">= 1.2", ">= 1.35", "", ">= 0.9")),
-            (2, "pool scoring", scored, forward, (">= 1.25", ">= 1.5", "", "")),
+        for name, what, count, flops, targets in (
+            ("train", "training", trained, both, (">= 1.2", ">= 1.35", "", ">= 0.9")),
+            ("score", "pool scoring", scored, forward, (">= 1.25", ">= 1.5", "", "")),
         ):
             kinds = [(True, ()), (False, ()), (False, (True,))][: 2 + compile]
             # Once on few images, since the first batch of each size prepares for what follows.
             few = min(count, BATCH + count % BATCH)
-            warm = [call(plain, which, few, *more)() for plain, more in kinds]
-            calls = [call(plain, which, count, *more) for plain, more in kinds]
+            warm = [call(plain, name, few, *more)() for plain, more in kinds]
+            calls = [call(plain, name, count, *more) for plain, more in kinds]
             slow, *fast, product = in_turn(repeats, *calls, product_of)
             ways = ["", ", --compile"]
             for way, samples, target in zip(ways, fast, targets[:2], strict=False):
@@ -307,13 +307,13 @@ def measure_networks(table: Table, repeats: int, trained: int, scored: int, comp
 
 def measure_profile(table: Table, count: int = 2 * BATCH, shown: int = 5) -> None:
     """Which operators take the time: their share of all operators' own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
-        for which, what in ((1, "training"), (2, "pool scoring")):
+    with workers(count, profiled) as call:
+        for name, what in (("train", "training"), ("score", "pool scoring")):
             for way, more in (("", ()), (", --compile", (True,))):
-                taken = worker.submit(run_profile, count, which, count, *more).result()
+                taken = call(False, name, count, *more)()
                 total = sum(taken.values())
-                for name in sorted(taken, key=taken.get, reverse=True)[:shown]:
-                    table.add(f"{what}{way}: {name}", "s", [taken[name]], [total])
+                for operator in sorted(taken, key=taken.get, reverse=True)[:shown]:
+                    table.add(f"{what}{way}: {operator}", "s", [taken[operator]], [total])
 
 
 def random_outputs(name: str, count: int) -> PoolOutputs:
@@ -520,36 +520,41 @@ def machine() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "about a minute instead of a quarter of an hour: fewer and smaller samples, a smaller "
-    text += "network in the round, no BALD, no KMeans and nothing compiled"
+    text += "network in the round, no BALD, no KMeans, no profile and nothing compiled"
     parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--out", help="write machine and samples to this JSON file, too")
     names = ["augmentation", "networks", "profile", "selection", "round", "start", "compilations"]
     text = f"measure these alone: {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="X", help=text)
     args = parser.parse_args()
-    quick, where = args.quick, machine()
+    quick, only = args.quick, set(args.only)
+    if quick:
+        only -= {"profile", "compilations"}
+    if not only:
+        parser.error(f"--quick leaves nothing of --only {' '.join(args.only)}")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no such folder")
+    where = machine()
     print(", ".join(f"{key} {value}" for key, value in where.items()), end="\n\n")
     table = Table()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # or an earlier run had compiled already
-        if "augmentation" in args.only:
+        if "augmentation" in only:
             measure_augmentation(table, 3 if quick else 9)
-        if "networks" in args.only:
+        if "networks" in only:
             sizes = (1, 160, 256, False) if quick else (5, LABELED, 1024, True)
             measure_networks(table, *sizes)
-        if "profile" in args.only and not quick:
+        if "profile" in only:
             measure_profile(table)
-        if "selection" in args.only:
+        if "selection" in only:
             measure_selection(table, 3, slow=not quick)
-        if "round" in args.only:
+        if "round" in only:
             measure_round(table, *((1, "resnet20", 2048) if quick else (2, "resnet18", 1024)))
-        if "start" in args.only:
+        if "start" in only:
             measure_start(table, 2 if quick else 5)
-        if "compilations" in args.only and not quick:
+        if "compilations" in only:
             measure_compilations(table)
     if args.out:
         result = {"machine": where, "quick": quick, "rows": table.rows}
