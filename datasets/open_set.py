@@ -11,11 +11,11 @@ from .files import DataError
 
 
 class Split(NamedTuple):
-    """Indices into the training images, each sorted, int64, on the CPU."""
+    """Indices into the training images, int64, on the CPU."""
 
-    labeled: Tensor  # known images whose label has been seen
-    invalid: Tensor  # images queried and found unknown
-    pool: Tensor  # what can be queried; holds the invalid images too, unless they are dropped
+    labeled: Tensor  # known images whose label has been seen, sorted
+    invalid: Tensor  # images found unknown, in the order of the queries: one entry per query
+    pool: Tensor  # what can be queried, sorted; holds the invalid images too, unless they are dropped
 
 
 def initial_split(known: Tensor, init_percent: float, generator: torch.Generator) -> Split:
@@ -48,7 +48,7 @@ def update(split: Split, queried: Tensor, known: Tensor, drop_unknown: bool) -> 
     stays = torch.isin(split.pool, leaves, invert=True)
     return Split(
         torch.cat([split.labeled, queried[is_known]]).sort().values,
-        torch.cat([split.invalid, queried[~is_known]]).unique(),  # one may be queried again
+        torch.cat([split.invalid, queried[~is_known]]),  # repeats stay: they weigh more
         split.pool[stays],
     )
 

@@ -1,5 +1,8 @@
-"""Center loss (Wen et al., "A Discriminative Feature Learning Approach for Deep Face
-Recognition", ECCV 2016, equation 2): features are drawn to a learned centre of their class."""
+"""Center loss: features are drawn to a learned centre of their class.
+
+Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016.
+Equation 2 there has half the squared distances; LfOSA's released code has the whole ones.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +11,20 @@ from . import parallel
 
 
 class CenterLoss(nn.Module):
-    """Half the squared distance between each feature and the centre of its class, summed."""
+    """The squared distances between the features and the centres of their classes, summed."""
 
     def __init__(self, num_classes: int, feature_dim: int) -> None:
         super().__init__()
         self.centers = nn.Parameter(torch.empty(num_classes, feature_dim))
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """features: (B, F), targets: (B,) int64 in 0..num_classes-1. Returns a scalar."""
-        return 0.5 * (features - self.centers[targets]).square().sum()
+        """features: (B, F), targets: (B,) int64. Returns a scalar.
+
+        A target of num_classes or more (an invalid image) has no centre and adds nothing.
+        """
+        last = len(self.centers) - 1
+        squares = (features - self.centers[targets.clamp(max=last)]).square().sum(1)
+        return (squares * (targets <= last)).sum()
 
 
 def create(num_classes: int, feature_dim: int, generator: torch.Generator, device) -> CenterLoss:

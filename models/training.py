@@ -61,7 +61,7 @@ def train(
 ) -> None:
     """Train `network` in place with SGD on the training images `indices` (int64, on the CPU).
 
-    args: max_epoch, batch_size, lr_model, stepsize, gamma, weight_cent, lr_cent, amp, compile.
+    args: known_class, max_epoch, batch_size, lr_model, stepsize, gamma, weight_cent, lr_cent, amp, compile.
     generator: (*purpose) -> a CPU generator; every epoch draws from its own, so that training
     can go on from any step. temperature: one per class, see `batch_loss`.
     state: what `snapshot` returned in an earlier process, to go on from there.
@@ -86,7 +86,7 @@ def train(
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     centers = None
     if args.weight_cent > 0:
-        shape = network.fc.out_features, network.feature_dim
+        shape = args.known_class, network.feature_dim  # invalid images have no centre
         centers = center_loss.create(*shape, generator("centers"), device)
         center_optimizer = torch.optim.SGD(centers.parameters(), args.lr_cent)
         parts |= {"centers": centers, "center_optimizer": center_optimizer}

@@ -14,7 +14,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .outputs import PoolOutputs, highest
+from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
@@ -24,11 +24,9 @@ NO_CANDIDATE = -1.0  # below every posterior: taken only once all candidates are
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size.
 
-    Images of a class predicted fewer than twice are no candidates; where there are fewer
-    candidates than `count`, the non-candidates of the highest max activation value fill it up.
+    Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
     """
-    mav, _ = outputs.logits.max(1)
-    return highest(known_probability(outputs.logits, generator), mav, count)
+    return top_k(known_probability(outputs.logits, generator), count, generator)
 
 
 def known_probability(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .av_based import known_probability
-from .outputs import PoolOutputs, highest
+from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 NEEDS_DETECTOR = True  # only where the last logit is the unknown class
@@ -16,9 +16,8 @@ NEEDS_DETECTOR = True  # only where the last logit is the unknown class
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size.
 
-    Fewer candidates than `count` are filled up as in AV_based.
+    Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
     """
-    mav, prediction = outputs.logits.max(1)
+    unknown = outputs.logits.argmax(1) == outputs.logits.shape[1] - 1
     probability = known_probability(outputs.logits, generator)
-    probability[prediction == outputs.logits.shape[1] - 1] = 0
-    return highest(probability, mav, count)
+    return top_k(probability.masked_fill(unknown, 0), count, generator)

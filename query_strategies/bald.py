@@ -4,9 +4,9 @@
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, highest
+from .outputs import PoolOutputs, top_k
 
-READS = ("logits", "mc_logits")  # fields of PoolOutputs
+READS = ("mc_logits",)  # fields of PoolOutputs
 
 CHUNK = 1 << 16  # pool images at a time, so that a million need no gigabytes of temporaries
 
@@ -15,7 +15,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
     parts = outputs.mc_logits.split(CHUNK, dim=1)
     information = torch.cat([mutual_information(part) for part in parts])
-    return highest(information, outputs.logits.amax(1), count)
+    return top_k(information, count, generator)
 
 
 def mutual_information(mc_logits: Tensor) -> Tensor:

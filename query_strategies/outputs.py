@@ -1,4 +1,4 @@
-"""What a strategy sees of the pool, and the order it shares with all others."""
+"""What a strategy sees of the pool, and how all of them take the best images."""
 
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ class PoolOutputs(NamedTuple):
     mc_logits: Tensor | None = None  # (S, n, C) float32, logits under S dropout masks
 
 
-def highest(score: Tensor, mav: Tensor, count: int) -> Tensor:
+def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Positions of the `count` highest scores: (count,) int64, best first.
 
-    score, mav: (n,). Equal scores: the higher max activation value first, then pool order.
+    score: (n,). `generator`, a CPU one, decides the order of equal scores.
     """
-    order = torch.sort(mav, descending=True, stable=True).indices
+    order = torch.randperm(len(score), generator=generator).to(score.device)
     return order[torch.sort(score[order], descending=True, stable=True).indices[:count]]

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, highest
+from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
@@ -14,4 +14,4 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     logits = outputs.logits.double()
     log_probability = logits.log_softmax(1)
     entropy = -(log_probability.exp() * log_probability).sum(1)
-    return highest(entropy, logits.amax(1), count)
+    return top_k(entropy, count, generator)
