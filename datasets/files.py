@@ -1,44 +1,45 @@
-"""What every reader and writer of files needs."""
+"""What every reader and writer of files needs: the user's error, whole files, a lock."""
 
 import contextlib
-import errno
-import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
 
 
-class DataError(Exception):
-    """The data or a setting cannot be used; the message is one line that says what to change."""
+class UserError(Exception):
+    """Something the user can mend. Its text is told in one line, and the exit status is 2."""
+
+
+def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
+    """Have `write` fill a file. At any moment `path` holds the old or the new content, whole.
+
+    Raises UserError if the file cannot be written; what was there before is kept.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Inside, no other process is inside with the same file `lock`, which is there only meanwhile.
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, so that of several runs started together only one downloads.
 
-    So that of runs that start together one downloads. Does nothing where the folder cannot be
-    written to, hence nothing downloaded, or the file system has no locks.
+    Does nothing where the folder cannot be written to or its file system has no locks.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                file = stack.enter_context(open(lock, "w"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
-                        stack.callback(lock.unlink)
-                        break  # or else whoever had the lock has removed the file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path, fallback_to_soft=False))
         yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the folder's entries to disk, where the file system can: they outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import torchvision
 
-from .files import DataError, one_at_a_time, sync_folder
+from .files import UserError, one_at_a_time
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
