@@ -2,15 +2,27 @@
 
 import contextlib
 import os
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
     """Something the user can mend. Its text is told in one line, and the exit status is 2."""
+
+
+@contextlib.contextmanager
+def told(path: Path | str) -> Iterator[None]:
+    """Turn an OSError inside, of writing to `path`, into the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
@@ -20,13 +32,12 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with told(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -43,3 +54,36 @@ def one_at_a_time(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path, fallback_to_soft=False))
         yield
+
+
+def lock(path: Path) -> FileLock:
+    """Lock the file `path` until this process ends; UserError if another one holds it."""
+    # A soft lock, filelock's way out, would outlive a killed process.
+    held = FileLock(path, fallback_to_soft=False)
+    try:
+        with told(path):
+            held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process holds {path}") from None
+    return held
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Raise UserError if the disk of `folder` has less than `need` bytes free."""
+    disk = shutil.disk_usage(folder)
+    if disk.free < need and disk.total:  # some file systems do not tell
+        raise UserError(f"{folder} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What torch.save wrote, without running code; UserError if it is damaged or unreadable."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksum
+            if file.testzip():
+                raise zipfile.BadZipFile
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch names no common class for a file that is no checkpoint
+        what = "put a good copy there, or start again with --overwrite"
+        raise UserError(f"{path} is damaged: {what}") from error

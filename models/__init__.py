@@ -3,10 +3,9 @@
 import torch
 
 from .resnet import NETWORKS, ResNet
-from .training import Diverged, Misfit, dropout_masks, evaluate, score, train
+from .training import AMP, dropout_masks, evaluate, predict, train
 
-__all__ = ["NETWORKS", "Diverged", "Misfit", "ResNet", "create"]
-__all__ += ["dropout_masks", "evaluate", "score", "train"]
+__all__ = ["AMP", "NETWORKS", "ResNet", "create", "dropout_masks", "evaluate", "predict", "train"]
 
 
 def create(

@@ -1,76 +1,81 @@
-"""The few collectives a run needs when torchrun starts it; with one process all are no-ops."""
+"""Device and processes: the few collectives that a run needs, no-ops without torchrun."""
 
+import contextlib
+import ctypes
 import os
-import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-# How long one rank waits for another. A rank that dies ends the wait at once with gloo, which sees
-# its connections close, and with NCCL through torchrun; these end it where a machine vanishes. In
-# training and scoring all do the same work at the same time; what rank 0 does alone (a download,
-# k-means over millions) takes longer.
+from datasets.files import UserError
+
+# How long one rank waits for another. A crashed process is noticed at once; these timeouts matter
+# only if a whole machine disappears. In training all ranks do the same work at the same time; what
+# rank 0 does alone (a download, k-means over millions) takes longer.
 STEP_TIMEOUT, ALONE_TIMEOUT = timedelta(minutes=30), timedelta(hours=12)
 
 _control = None  # process group of gloo, on CUDA too: of Python objects and of long waits
-
-
-class Elsewhere(Exception):
-    """Another rank has failed and told so; the text is its error."""
-
-
-def join(cuda: bool) -> None:
-    """Join the other processes that torchrun started: NCCL on CUDA, gloo on the CPU."""
-    global _control
-    store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
-    store = _store_of_this_start(store, rank, world)
-    place = {"store": store, "rank": rank, "world_size": world}
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_TIMEOUT, **place)
-    _control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
-
-
-def _store_of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """The ranks' common `store`, without what earlier processes have left in it.
-
-    After a restart torchrun's store still tells the addresses of the processes that are dead (seen
-    with PyTorch 2.14), and machines may count restarts differently. So rank 0 draws a new name
-    for this start, and tells it to whoever is alive to answer.
-    """
-    name = uuid4().hex
-
-    def joined(other: int) -> bool:
-        if store.check([f"hello {other}"]):
-            store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
-        return store.check([f"{name} {other}"])
-
-    if rank == 0:
-        _poll(lambda: all(map(joined, range(1, world))))
-    else:
-        store.set(f"hello {rank}", name)
-        _poll(lambda: store.check([f"welcome {name}"]))
-        name = store.get(f"welcome {name}").decode()
-        store.set(f"{name} {rank}", "joined")
-    return dist.PrefixStore(name, store)
-
-
-def _poll(condition: Callable[[], bool]) -> None:
-    """Wait for `condition`, open to signals."""
-    end = time.monotonic() + STEP_TIMEOUT.total_seconds()
-    while not condition():
-        if time.monotonic() > end:
-            raise dist.DistError("the processes of this run did not find each other")
-        time.sleep(0.02)
 
 
 def launched() -> bool:
     """Whether this is one of several processes that torchrun, or what sets the same, started."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def setup_device(args: Namespace) -> torch.device:
+    """The device to use; under torchrun this process joins the others first.
+
+    Raises UserError if --gpu does not name one device for each process of this machine.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not args.use_cpu:
+        processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+        there, chosen = torch.cuda.device_count(), args.gpu or list(range(processes))
+        if len(set(chosen)) != processes or not set(chosen) <= set(range(there)):
+            raise UserError(f"--gpu: choose {processes} (one per process) of {there} devices")
+        device = torch.device("cuda", chosen[local_rank()])
+        torch.cuda.set_device(device)
+    else:
+        keep_memory()
+    if launched():
+        if args.compile:
+            raise UserError("--compile is for one process: leave it out under torchrun")
+        _join("nccl" if device.type == "cuda" else "gloo")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    return device
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed for the next step, as PyTorch does on CUDA.
+
+    glibc hands every block above 32 MiB back to the kernel, which clears it page by page when it is
+    asked for again: of the published batch, most activations and gradients, in every step.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no block is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nor does the heap shrink
+
+
+def _join(backend: str) -> None:
+    """Join the other processes that torchrun started."""
+    global _control
+    store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart and still tells the dead processes' addresses.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    place = {"store": store, "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT, **place)
+    _control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
 
 
 def local_rank() -> int:
@@ -130,52 +135,24 @@ def gather_rows(local: Tensor, counts: Sequence[int], dim: int) -> Tensor | None
 
 
 def from_rank0(compute: Callable[[], object]) -> object:
-    """Run `compute` on rank 0 and give its result, a picklable object, to every rank.
-
-    Where it raises, rank 0 raises its error and every other rank Elsewhere with its text.
-    """
+    """Run `compute` on rank 0 and give its result, a picklable object, to every rank."""
     if world() == 1:
         return compute()
-    result = error = None
-    if rank() == 0:
-        try:
-            result = compute()
-        except Exception as raised:
-            error = raised
-    box = [result, None if error is None else str(error)]
+    box = [compute() if rank() == 0 else None]
     dist.broadcast_object_list(box, src=0, group=_control)
-    _raise_any(error, box[1:])
     return box[0]
 
 
 def one_first(compute: Callable[[], object]) -> object:
     """Run `compute` on every rank, on each machine on one before all others; its own result.
 
-    For what the first to come puts on the disk for the others. Where it raises on a rank, that
-    rank raises its error, and every other rank Elsewhere with its text.
+    For what the first to come puts on the disk for the others.
     """
-    if world() == 1:
-        return compute()
-    result = error = None
-    for mine in (local_rank() == 0, local_rank() > 0):
-        if mine:
-            try:
-                result = compute()
-            except Exception as raised:
-                error = raised
-        texts = [None] * world()
-        dist.all_gather_object(texts, None if error is None else str(error), group=_control)
-        _raise_any(error, texts)
-    return result
-
-
-def _raise_any(mine: Exception | None, texts: Sequence[str | None]) -> None:
-    """Raise this rank's own error, or else Elsewhere with the text of another's."""
-    if mine is not None:
-        raise mine
-    for text in texts:
-        if text is not None:
-            raise Elsewhere(text)
+    if local_rank() == 0:
+        result = compute()
+    if world() > 1:
+        dist.barrier(group=_control)
+    return result if local_rank() == 0 else compute()
 
 
 def copy_rank0(tensors: Iterable[Tensor]) -> None:
@@ -197,11 +174,6 @@ def average(tensor: Tensor) -> None:
     tensor /= world()
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether `error` is that of a collective which another process has left."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank; the same answer on all of them."""
     if world() == 1:
@@ -209,3 +181,8 @@ def any_rank(flag: bool) -> bool:
     total = torch.tensor(int(flag))
     dist.all_reduce(total, group=_control)
     return bool(total)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether `error` is that of a collective which another process has left."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

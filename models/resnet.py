@@ -3,38 +3,17 @@
 A 3x3 stride-1 convolution instead of the 7x7 one, no max-pooling, global average pooling, and
 PyTorch's default initialisation.
 
-Parameters by hand, for `resnet20` with C = 10 classes and no feature layer; a k x k convolution
-from a to b channels has k k a b weights and is followed by 2 b of batch norm:
-    stem        9*3*16 + 32                                                =     464
-    16 channels 6 * (9*16*16 + 32)                                         =  14,016
-    32 channels 9*16*32 + 64 + 5 * (9*32*32 + 64)                          =  51,072
-    64 channels 9*32*64 + 128 + 5 * (9*64*64 + 128)                        = 203,520
-    head        64*10 + 10                                                 =     650
-                                                                     total = 269,722
-The same for `resnet18`, whose stages change width through a 1x1 convolution, before the head:
+Parameters of `resnet18` by hand, before the head. A k x k convolution from a to b channels has
+k k a b weights, and a batch norm of 2 b follows it; where the width changes, the shortcut is a
+1x1 convolution:
     stem          9*3*64 + 128                                             =      1,856
     64 channels   4 * (9*64*64 + 128)                                      =    147,968
     128 channels  9*64*128 + 3*9*128*128 + 64*128 + 5*256                  =    525,568
     256 channels  9*128*256 + 3*9*256*256 + 128*256 + 5*512                =  2,099,712
     512 channels  9*256*512 + 3*9*512*512 + 256*512 + 5*1024               =  8,393,728
                                                                      total = 11,168,832
-`resnet34`, likewise, with more blocks per stage:
-    stem          9*3*64 + 128                                             =      1,856
-    64 channels   6 * (9*64*64 + 128)                                      =    221,952
-    128 channels  9*64*128 + 7*9*128*128 + 64*128 + 9*256                  =  1,116,416
-    256 channels  9*128*256 + 11*9*256*256 + 128*256 + 13*512              =  6,822,400
-    512 channels  9*256*512 + 5*9*512*512 + 256*512 + 7*1024               = 13,114,368
-                                                                     total = 21,276,992
-`resnet50`: a block of width w on a channels is a w + 9 w w + 4 w w weights and 12 w of batch norm;
-the first of each stage widens its shortcut, 4 a w + 8 w:
-    stem          9*3*64 + 128                                             =      1,856
-    w = 64        58,112 + 16,896 + 2 * 70,400                             =    215,808
-    w = 128       247,296 + 132,096 + 3 * 280,064                          =  1,219,584
-    w = 256       986,112 + 526,336 + 5 * 1,117,184                        =  7,098,368
-    w = 512       3,938,304 + 2,101,248 + 2 * 4,462,592                    = 14,964,736
-                                                                     total = 23,500,352
-The head is P F + F (pooled vector of P to F features; P = 512, resnet50 2048, resnet20 64) plus
-F C + C, or P C + C without a feature layer.
+The head has P F + F parameters (pooled vector of P to F features; P = 512) plus F C + C, or
+P C + C without a feature layer.
 """
 
 import copy

@@ -1,10 +1,9 @@
-"""How a network is trained, evaluated and applied to the pool."""
+"""How a network is trained, evaluated and applied to images."""
 
 import functools
 import itertools
 import math
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import OpenSetData, augment
+from datasets import augment
 from datasets.augment import Images
-from query_strategies import Diverged, PoolOutputs
+from datasets.files import UserError
 
 from . import center_loss, parallel
 from .resnet import ResNet, fold_batchnorm
@@ -22,10 +21,6 @@ from .resnet import ResNet, fold_batchnorm
 MOMENTUM = 0.9  # published
 WEIGHT_DECAY = 5e-4  # published
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
-
-
-class Misfit(Exception):
-    """A snapshot to go on from is of another network; one line for the user."""
 
 
 def batch_loss(
@@ -50,105 +45,107 @@ def batch_loss(
 
 def train(
     network: ResNet,
-    data: OpenSetData,
+    images: Images,
+    targets: Tensor,
     indices: Tensor,
-    args: Namespace,
     generator: Callable[..., torch.Generator],
-    temperature: list[float] | None = None,
+    *,
+    temperature: Sequence[float] | None = None,
+    max_epoch: int = 100,
+    batch_size: int = 128,
+    lr_model: float = 0.01,
+    stepsize: int = 20,
+    gamma: float = 0.5,
+    weight_cent: float = 0.0,
+    lr_cent: float = 0.5,
+    num_centers: int | None = None,
+    amp: str = "off",
+    compile: bool = False,
     state: dict | None = None,
-    pause: Callable[[int | None, Callable[[], dict]], None] = lambda *_: None,
-    report: Callable[[int, float], None] = lambda *_: None,
+    after_epoch: Callable[[int, float, Callable[[], dict]], None] = lambda *_: None,
 ) -> None:
-    """Train `network` in place with SGD on the training images `indices` (int64, on the CPU).
+    """Train `network` in place with SGD on the images `indices`; the defaults are published.
 
-    args: known_class, max_epoch, batch_size, lr_model, stepsize, gamma, weight_cent, lr_cent, amp, compile.
-    generator: (*purpose) -> a CPU generator; every epoch draws from its own, so that training
-    can go on from any step. temperature: one per class, see `batch_loss`.
-    state: what `snapshot` returned in an earlier process, to go on from there.
-    pause(epochs done, or None within an epoch; snapshot) follows every step,
-    report(epochs done, mean loss) every epoch. Under torchrun the ranks share out each batch.
-    Raises Diverged after an epoch, and from a snapshot, where loss or weights are not finite;
-    Misfit where state does not fit.
+    targets: (N,) int64 on the device, of all images. indices: (n,) int64 on the CPU; an image
+    may stand there several times. generator(*purpose): a CPU generator; every epoch draws from
+    its own. temperature: one per class, see `batch_loss`. lr_model is multiplied by gamma every
+    `stepsize` epochs. num_centers: of the center loss; classes beyond them (the invalid images'
+    class) have none. after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()`
+    returns; as `state` it lets another process go on from there, to the same bits on the CPU.
+    Under torchrun the ranks share out each batch.
+    Raises UserError after an epoch in which the loss or a weight became NaN or infinite.
     """
-    device = data.train.pixels.device
-    count, amp = len(indices), AMP[args.amp]
+    device, count = targets.device, len(indices)
     if temperature is not None:
         temperature = torch.tensor(temperature, device=device)
     optimizer = torch.optim.SGD(
-        network.parameters(), args.lr_model, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+        network.parameters(), lr_model, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
     )
-    # As the first step would, were it not for fp16: a fused step that the scaler skips leaves the
-    # momentum uninitialised.
+    # Zero the momentum explicitly: fused SGD leaves it uninitialised if GradScaler skips the
+    # first step.
     for parameter in network.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.stepsize, args.gamma)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, stepsize, gamma)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     centers = None
-    if args.weight_cent > 0:
-        shape = args.known_class, network.feature_dim  # invalid images have no centre
+    if weight_cent > 0:
+        shape = num_centers or network.fc.out_features, network.feature_dim
         centers = center_loss.create(*shape, generator("centers"), device)
-        center_optimizer = torch.optim.SGD(centers.parameters(), args.lr_cent)
+        center_optimizer = torch.optim.SGD(centers.parameters(), lr_cent)
         parts |= {"centers": centers, "center_optimizer": center_optimizer}
-    epoch, step, loss_sum = 0, 0, torch.zeros((), device=device)
+    first = 0
     if state is not None:
-        try:
-            epoch, step, loss_sum = state["epoch"], state["step"], loss_sum + state["loss"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except Exception as error:  # torch names no common class
-            raise Misfit("the checkpoint is of another network: start with --overwrite") from error
-
-    def snapshot() -> dict:
-        where = {"epoch": epoch, "step": step, "loss": _finite(loss_sum, network, epoch)}
-        return where | {name: part.state_dict() for name, part in parts.items()}
-
+        first = state["epoch"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     module = network
     if parallel.world() > 1:
         module = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     network.train()
-    bar = _bar("train", total=args.max_epoch, initial=epoch)
-    while epoch < args.max_epoch:
+    bar = _bar("train", total=max_epoch, initial=first)
+    for epoch in range(first, max_epoch):
         draws = generator("epoch", epoch)
         order = indices[torch.randperm(count, generator=draws)].to(device)
-        parameters = augment.draw(data.train, count, draws).to(device)
-        begins = range(0, count, args.batch_size)
-        # Dropout draws on the device: from one seed a step, so that any step can be the first.
+        parameters = augment.draw(images, count, draws).to(device)
+        begins = range(0, count, batch_size)
+        # Dropout draws on the device: one seed per step makes it the same after a resumption.
         seeds = torch.randint(2**62, (len(begins),), generator=draws).tolist()
-        for begin in begins[step:]:
-            end = min(begin + args.batch_size, count)
+        loss_sum = torch.zeros((), device=device)
+        for begin, seed in zip(begins, seeds, strict=True):
+            end = min(begin + batch_size, count)
             share, weight = parallel.share(begin, end)
             index = order[share]
-            images = augment.augment(data.train, index, parameters[share])
-            targets = data.targets[index]
+            inputs = augment.augment(images, index, parameters[share])
             if network.dropout_rate:
-                torch.manual_seed(seeds[step] + parallel.rank())
-            # One shape, hence one compilation: the last partial batch runs as it is.
-            whole = end - begin == args.batch_size
-            compiled = args.compile and whole
+                torch.manual_seed(seed + parallel.rank())
+            # Only whole batches are compiled: one shape, hence one compilation.
+            compiled = compile and end - begin == batch_size
             loss_of = _compiled(batch_loss, device.type) if compiled else batch_loss
             optimizer.zero_grad()
-            features, loss = loss_of(module, images, targets, temperature, amp)
+            features, loss = loss_of(module, inputs, targets[index], temperature, AMP[amp])
             loss_sum += loss.detach() * (weight > 0)
             if centers is not None:
                 center_optimizer.zero_grad()
-                loss = loss + args.weight_cent * centers(features, targets)
+                loss = loss + weight_cent * centers(features, targets[index])
             scaler.scale(loss * weight).backward()
             scaler.step(optimizer)
             if centers is not None:
-                center_loss.step(centers, center_optimizer, scaler, 1 / args.weight_cent)
+                center_loss.step(centers, center_optimizer, scaler, 1 / weight_cent)
             scaler.update()
-            step += 1
-            if step < len(begins):
-                pause(None, snapshot)
         parallel.add(loss_sum)
-        mean_loss = _finite(loss_sum, network, epoch) / count
-        epoch, step, loss_sum = epoch + 1, 0, torch.zeros((), device=device)
+        mean_loss = float(loss_sum) / count
+        finite = torch.stack([weight.isfinite().all() for weight in network.parameters()]).all()
+        if not (math.isfinite(mean_loss) and finite):
+            raise UserError(f"training diverged in epoch {epoch + 1}: lower --lr-model")
         scheduler.step()
-        report(epoch, mean_loss)
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
         bar.update()
-        pause(epoch, snapshot)
+
+        def snapshot(done: int = epoch + 1) -> dict:
+            return {"epoch": done} | {name: part.state_dict() for name, part in parts.items()}
+
+        after_epoch(epoch + 1, mean_loss, snapshot)
     bar.close()
     # Batch norm's running statistics: DistributedDataParallel copies rank 0's before every step,
     # hence not after the last one, which some ranks may have done on a stand-in image.
@@ -156,26 +153,27 @@ def train(
 
 
 @torch.inference_mode()
-def score(
+def predict(
     network: ResNet,
     images: Images,
     indices: Tensor,
-    args: Namespace,
-    reads: tuple[str, ...] = ("logits",),
+    fields: Sequence[str] = ("logits",),
+    *,
+    eval_batch_size: int = 256,
+    amp: str = "off",
+    compile: bool = False,
     masks: Tensor | None = None,
     parameters: Tensor | None = None,
-) -> PoolOutputs:
-    """What the network says of the images `indices` (n, int64, on the CPU), without augmentation.
+) -> dict[str, Tensor | None]:
+    """Apply the network to the images `indices`, (n,) int64 on the CPU, without augmentation.
 
-    args: eval_batch_size, amp, compile. reads: the fields of PoolOutputs to fill; the others
-    stay None, and with none at all the network is not run. masks: from `dropout_masks`, for
-    mc_logits. parameters: (n, 9) from `augment.draw`, to score through the training augmentation
-    after all. Under torchrun the ranks share out the batches and rank 0 gets it all; elsewhere
-    the fields are None.
+    Returns for each of `fields`: "features" (n, F), "logits" (n, C) or "mc_logits" (S, n, C),
+    float32 on the device. masks: (S, P) from `dropout_masks`, for mc_logits. parameters: (n, 9)
+    from `augment.draw`, to apply the training augmentation after all. Under torchrun the ranks
+    share out the batches, rank 0 gets the result, and the others get None for each field.
+    Raises UserError if an output is NaN or infinite.
     """
-    if not reads:
-        return PoolOutputs(len(indices))
-    device, size, amp = images.pixels.device, args.eval_batch_size, AMP[args.amp]
+    device, size = images.pixels.device, eval_batch_size
     # Whole batches are shared out, so that each is the same computation on any number of ranks.
     edges = [min(e * size, len(indices)) for e in parallel.bounds(math.ceil(len(indices) / size))]
     counts = [end - begin for begin, end in itertools.pairwise(edges)]
@@ -183,7 +181,7 @@ def score(
     # One shape, hence one compilation and one choice of cuDNN's: the last batch is filled up, and
     # its surplus cut off.
     n = counts[parallel.rank()]
-    surplus = -n % size if args.compile or device.type == "cuda" else 0
+    surplus = -n % size if compile or device.type == "cuda" else 0
     indices = F.pad(indices[mine], (0, surplus)).to(device)
     if parameters is not None:
         parameters = F.pad(parameters[mine], (0, 0, 0, surplus)).to(device)
@@ -191,27 +189,28 @@ def score(
     shapes = {"features": (n + surplus, network.feature_dim), "logits": (n + surplus, classes)}
     if masks is not None:
         shapes["mc_logits"] = (len(masks), n + surplus, classes)
-    filled = {name: torch.empty(shapes[name], device=device) for name in reads}
+    filled = {name: torch.empty(shapes[name], device=device) for name in fields}
     folded = fold_batchnorm(network)
-    forward = _compiled(_forward, device.type) if args.compile else _forward
-    for begin in _bar("score", range(0, n, size)):
+    forward = _compiled(_forward, device.type) if compile else _forward
+    for begin in _bar("predict", range(0, n, size)):
         rows = slice(begin, begin + size)
         if parameters is None:
             batch = augment.normalize(images, indices[rows])
         else:
             batch = augment.augment(images, indices[rows], parameters[rows])
-        outputs = forward(folded, batch, masks, amp)
+        outputs = forward(folded, batch, masks, AMP[amp])
         for name, tensor in filled.items():
             tensor[..., rows, :] = outputs[name]
-    gathered = {
-        name: parallel.gather_rows(tensor[..., :n, :], counts, dim=tensor.ndim - 2)
-        for name, tensor in filled.items()
-    }
-    return PoolOutputs(sum(counts), **gathered)
+    result = {}
+    for name, tensor in filled.items():
+        result[name] = parallel.gather_rows(tensor[..., :n, :], counts, dim=tensor.ndim - 2)
+        if result[name] is not None and not torch.isfinite(result[name]).all():
+            raise UserError(f"the network's {name} are not finite: lower --lr-model")
+    return result
 
 
 def _forward(network: ResNet, images: Tensor, masks: Tensor | None, amp) -> dict[str, Tensor]:
-    """One batch of `score`: the fields of PoolOutputs by name."""
+    """One batch of `predict`: its fields by name."""
     with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
         pooled = network.pooled(images)
         features, logits = network.head(pooled)
@@ -222,7 +221,7 @@ def _forward(network: ResNet, images: Tensor, masks: Tensor | None, amp) -> dict
 
 
 def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> Tensor:
-    """Dropout masks (samples, pooled_dim) of 0 and 1 / (1 - rate), on the network's device.
+    """Dropout masks (samples, P) of 0 and 1 / (1 - rate), on the network's device.
 
     One mask is one draw of the weights, applied to every image: what `BALD` marginalises over.
     """
@@ -231,44 +230,26 @@ def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> 
     return (masks / keep).to(network.fc.weight.device)
 
 
-def evaluate(network: ResNet, data: OpenSetData, args: Namespace) -> float:
-    """Accuracy on the test images of the known classes, in percent.
-
-    Raises Diverged where the network's outputs are not finite.
-    """
-    logits = score(network, data.test, torch.arange(data.test.count), args).logits
-
-    def accuracy() -> float:
-        if not torch.isfinite(logits).all():
-            raise Diverged("the classifier's outputs are not finite: lower --lr-model")
-        correct = (logits.argmax(1) == data.test_targets).sum()
-        return 100 * int(correct) / len(data.test_targets)
-
-    return parallel.from_rank0(accuracy)
+def evaluate(network: ResNet, images: Images, targets: Tensor, **settings) -> float:
+    """Accuracy in percent on all `images`; targets: (M,) int64. settings: as for `predict`."""
+    logits = predict(network, images, torch.arange(images.count), **settings)["logits"]
+    return parallel.from_rank0(
+        lambda: 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
+    )
 
 
 @functools.cache
 def _compiled(function: Callable, device_type: str) -> Callable:
     """torch.compile, once per function; with CUDA graphs on CUDA.
 
-    A graph's outputs are overwritten by its next run: whatever outlives a batch is copied or added
-    up before. A new network has new addresses, so its first batch records the graph anew.
+    CUDA graphs reuse output buffers: copy what must outlive a batch. A new network has new
+    addresses, so its first batch records the graph anew.
     """
     mode = "reduce-overhead" if device_type == "cuda" else None
     return torch.compile(function, mode=mode, dynamic=False)
 
 
-def _finite(loss_sum: Tensor, network: nn.Module, epoch: int) -> float:
-    """The loss as a number; Diverged where it, or what the last step made of a weight, is none."""
-    loss = float(loss_sum)
-    if not math.isfinite(loss):
-        raise Diverged(f"the training loss became {loss} in epoch {epoch + 1}: lower --lr-model")
-    if not torch.stack([weight.isfinite().all() for weight in network.parameters()]).all():
-        raise Diverged(f"the weights became nan or inf in epoch {epoch + 1}: lower --lr-model")
-    return loss
-
-
 def _bar(description: str, iterable=None, **options) -> tqdm:
-    """A progress bar of rank 0 that vanishes when done and where there is no terminal."""
+    """A progress bar of rank 0, shown only on a terminal and removed when done."""
     disable = True if parallel.rank() else None
     return tqdm(iterable, description, leave=False, disable=disable, **options)
