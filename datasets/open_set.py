@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .files import DataError
+from .files import UserError
 
 
 class Split(NamedTuple):
@@ -15,20 +15,22 @@ class Split(NamedTuple):
 
     labeled: Tensor  # known images whose label has been seen, sorted
     invalid: Tensor  # images found unknown, in the order of the queries: one entry per query
-    pool: Tensor  # what can be queried, sorted; holds the invalid images too, unless they are dropped
+    pool: (
+        Tensor  # what can be queried, sorted; holds the invalid images too, unless they are dropped
+    )
 
 
 def initial_split(known: Tensor, init_percent: float, generator: torch.Generator) -> Split:
     """Label floor(known images * init_percent / 100) known images drawn at random.
 
     known: (N,) bool, whether each training image is of a known class. All else is the pool.
-    Raises DataError where that leaves no labeled image, or no known one in the pool.
+    Raises UserError where that leaves no labeled image, or no known one in the pool.
     """
     candidates = known.nonzero().view(-1)
     # As typed: in binary floats, 18.4 % of 375 is a little less than 69.
     count = math.floor(len(candidates) * Fraction(str(init_percent)) / 100)
     if not 0 < count < len(candidates):
-        raise DataError(
+        raise UserError(
             f"--init-percent {init_percent:g} labels {count} of {len(candidates)} known images: "
             "choose it so that at least one is labeled and at least one is left for the pool"
         )
