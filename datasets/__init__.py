@@ -1,9 +1,11 @@
 """Data sets as open-set problems: K known classes, everything else unknown.
 
-To add one: a module with `load` returning uint8 arrays, and an entry in DATASETS. No "_" in its
+To add one: a module with `load` returning `sources.Raw`, and an entry in DATASETS. No "_" in its
 name, which separates the parts of a log's name.
 """
 
+import difflib
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,17 +17,16 @@ from torch import Tensor
 
 from . import augment, cifar, digits, tiny_imagenet
 from .augment import Images
-from .files import DataError
+from .files import UserError
+from .sources import Raw
 
 
 class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
-    load: Callable  # data_dir -> train images (N, H, W, 3) uint8, labels (N,) int64; test likewise
-    num_classes: int
+    load: Callable  # data_dir -> sources.Raw
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
-    padding: int  # pixels of zero padding of the random crop
     flip: bool  # whether augmentation mirrors images
     defaults: dict  # arguments whose published value depends on the data set
 
@@ -36,22 +37,22 @@ _PUBLISHED |= dict(batch_size=128, lr_model=0.01)
 DATASETS = {
     "cifar10": Dataset(
         partial(cifar.load, name="cifar10"),
-        *(10, cifar.MEAN["cifar10"], cifar.STD["cifar10"], 4, True),
+        *(cifar.MEAN["cifar10"], cifar.STD["cifar10"], True),
         dict(known_class=2, init_percent=1, **_PUBLISHED),
     ),
     "cifar100": Dataset(
         partial(cifar.load, name="cifar100"),
-        *(100, cifar.MEAN["cifar100"], cifar.STD["cifar100"], 4, True),
+        *(cifar.MEAN["cifar100"], cifar.STD["cifar100"], True),
         dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "TinyImagenet": Dataset(
         tiny_imagenet.load,
-        *(200, tiny_imagenet.MEAN, tiny_imagenet.STD, 8, True),
+        *(tiny_imagenet.MEAN, tiny_imagenet.STD, True),
         dict(known_class=20, init_percent=8, **_PUBLISHED),
     ),
     "digits": Dataset(
         digits.load,
-        *(10, digits.MEAN, digits.STD, 1, False),
+        *(digits.MEAN, digits.STD, False),
         dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40)
         | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.02),
     ),
@@ -61,45 +62,101 @@ DATASETS = {
 class OpenSetData(NamedTuple):
     """A data set on the device, with its classes renumbered: known 0..K-1, all unknown K."""
 
+    name: str  # as it stands in a log's name
     train: Images
     targets: Tensor  # (N,) int64 on the device, 0..K
     known: Tensor  # (N,) bool on the CPU: targets < K
     test: Images  # the test images of the known classes only
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
+    classes: tuple[str, ...]  # names, the K known ones first
+    num_known: int  # K
+    mean: tuple  # per channel, of pixels in [0, 1]
+    std: tuple
+    identity: str  # 16 hex digits that tell it from other data of the same name
 
 
 def create(
-    name: str, data_dir: str, known_class: int, class_seed: int | None, device: torch.device
+    name: str,
+    data_dir: str,
+    device: torch.device,
+    known_class: int | None = None,
+    class_seed: int | None = None,
+    known: list[str] | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
-    Known are the classes 0..known_class-1 in the data set's own order (as published), or the
-    first ones after shuffling all classes with class_seed. Raises DataError in one line where
-    the data cannot be had or `known_class` leaves no unknown class.
+    Known are the classes named by `known`; without it the first `known_class` (None: the default
+    of the data set) in the data set's own order, as published, or after shuffling all classes
+    with class_seed. Raises UserError in one line if the data cannot be had, or if a run lacks
+    an unknown class or images of a known one.
     """
     dataset = DATASETS[name]
-    if not 0 < known_class < dataset.num_classes:
-        raise DataError(
-            f"--known-class {known_class}: {name} has {dataset.num_classes} classes, "
-            f"so choose 1 to {dataset.num_classes - 1}"
-        )
-    train, train_labels, test, test_labels = dataset.load(Path(data_dir).expanduser())
-    place = np.arange(dataset.num_classes)  # of each class in the order that starts with the known
-    if class_seed is not None:
-        order = np.random.default_rng(class_seed).permutation(dataset.num_classes)
-        place[order] = np.arange(dataset.num_classes)
-    targets = torch.from_numpy(place[train_labels]).clamp(max=known_class)
-    test_targets = torch.from_numpy(place[test_labels])
-    test_known = test_targets < known_class
+    try:
+        raw = dataset.load(Path(data_dir))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
+    if known_class is None:
+        known_class = dataset.defaults["known_class"]
+    order, num_known = _order(name, raw.classes, known_class, class_seed, known)
+    _check(name, raw, order[:num_known])
+
+    place = np.empty(len(order), np.int64)  # of each class in the order that starts with the known
+    place[order] = np.arange(len(order))
+    targets = torch.from_numpy(place[raw.train_labels]).clamp(max=num_known)
+    test_targets = torch.from_numpy(place[raw.test_labels])
+    test_known = test_targets < num_known
 
     def to_device(images: np.ndarray) -> Images:
-        style = (dataset.mean, dataset.std, dataset.padding, dataset.flip)
-        return augment.to_device(images, *style, device)
+        padding = images.shape[1] // 8  # the published 4 for CIFAR
+        return augment.to_device(images, dataset.mean, dataset.std, padding, dataset.flip, device)
 
     return OpenSetData(
-        to_device(train),
+        name,
+        to_device(raw.train),
         targets.to(device),
-        targets < known_class,
-        to_device(test[test_known.numpy()]),
+        targets < num_known,
+        to_device(raw.test[test_known.numpy()]),
         test_targets[test_known].to(device),
+        tuple(raw.classes[label] for label in order),
+        num_known,
+        dataset.mean,
+        dataset.std,
+        hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16],
     )
+
+
+def _order(
+    name: str,
+    classes: tuple[str, ...],
+    known_class: int,
+    class_seed: int | None,
+    known: list[str] | None,
+) -> tuple[np.ndarray, int]:
+    """All labels in the order that starts with the known classes, and the number of these."""
+    order = np.arange(len(classes))
+    if known is not None:
+        for wanted in known:
+            if wanted not in classes:
+                near = difflib.get_close_matches(wanted, classes, 1) or classes[:10]
+                raise UserError(f"--known {wanted}: {name} has no such class; {', '.join(near)}?")
+        chosen = np.isin(classes, known)
+        order, known_class = np.concatenate([order[chosen], order[~chosen]]), int(chosen.sum())
+    elif class_seed is not None:
+        order = np.random.default_rng(class_seed).permutation(len(classes))
+    if not 0 < known_class < len(classes):
+        flag = f"--known-class {known_class}" if known is None else f"--known {','.join(known)}"
+        raise UserError(
+            f"{flag}: {name} has {len(classes)} classes, of which one at least is unknown: "
+            f"choose 1 to {len(classes) - 1}"
+        )
+    return order, known_class
+
+
+def _check(name: str, raw: Raw, known: np.ndarray) -> None:
+    """Raise UserError if a known class lacks images, or if no training image is unknown."""
+    for kind, labels in (("training", raw.train_labels), ("test", raw.test_labels)):
+        if missing := [raw.classes[label] for label in known if label not in labels]:
+            raise UserError(f"{name} has no {kind} images of known classes: {', '.join(missing)}")
+    if np.isin(raw.train_labels, known).all():
+        raise UserError(f"{name} has no training image of an unknown class")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+from .sources import Raw
 
 # (images / 255).mean() and .std() of the 1,437 training images; grey, so three times the same
 MEAN = (0.3054, 0.3054, 0.3054)
 STD = (0.3760, 0.3760, 0.3760)
 
 
-def load(data_dir: Path) -> Arrays:
+def load(data_dir: Path) -> Raw:
     """Training and test images and labels of the ten digits; data_dir is not used.
 
     Returns train images (1437, 8, 8, 3) uint8, train labels (1437,) int64 in 0..9, and the same
@@ -32,4 +32,5 @@ def load(data_dir: Path) -> Arrays:
         np.sort,
         train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels),
     )
-    return images[train], labels[train], images[test], labels[test]
+    classes = tuple(map(str, digits.target_names))
+    return Raw(images[train], labels[train], images[test], labels[test], classes)

@@ -1,0 +1,151 @@
+"""Image files, decoded once by several threads into one array that later starts map into memory.
+
+The array lies in a cache: one file, hence there as a whole or not at all. It is a .npy file,
+followed by JSON that says what it was made of.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .files import UserError, write_whole
+from .sources import note
+
+
+class Decoded(NamedTuple):
+    """Decoded image files, and what the JSON of the cache says about them."""
+
+    pixels: np.ndarray  # (number of files - number of broken ones, size, size, 3) uint8
+    files: dict[str, int]  # name -> bytes of every file
+    broken: dict[str, str]  # name -> fault of the files that have no row in pixels
+    about: dict | None  # what the caller wants to find again, such as labels
+
+
+def walk(folder: Path | str, below: str = "") -> dict[str, int]:
+    """All files below a folder: relative name with "/" -> bytes, in any order.
+
+    Follows links; leaves out hidden files and folders. Raises OSError.
+    """
+    files = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _hidden(entry.name):
+                continue
+            if entry.is_dir():
+                files |= walk(entry.path, f"{below}{entry.name}/")
+            else:
+                files[below + entry.name] = entry.stat().st_size if entry.is_file() else 0
+    return files
+
+
+def pictures(names: Iterable[str]) -> list[str]:
+    """Those names, in the same order, that end as image files do and are not hidden."""
+    from PIL import Image
+
+    Image.init()
+    only_identified = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow cannot decode them
+    kinds = Image.OPEN.keys() - only_identified
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in kinds}
+    return [
+        name
+        for name in names
+        if os.path.splitext(name)[1].lower() in endings and not any(map(_hidden, name.split("/")))
+    ]
+
+
+def _hidden(name: str) -> bool:
+    """Whether a part of a name belongs to the system, a notebook or an archiver."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def cached(
+    cache: Path, size: int, files: dict[str, int] | None = None, about: dict | None = None
+) -> Decoded | None:
+    """Return what `decode` wrote, the pixels memory-mapped and read-only.
+
+    Returns None if there is no whole cache of this image size, or if it was made of other files
+    than `files` or with another `about`; files None stands for any. Raises PermissionError.
+    """
+    try:
+        pixels = np.lib.format.open_memmap(cache, mode="r")
+        with open(cache, "rb") as file:
+            file.seek(pixels.offset + pixels.nbytes)
+            found = Decoded(pixels, **json.load(file))
+    except PermissionError:
+        raise
+    except Exception:  # NumPy names no common class for a file that is not its own
+        return None
+    if pixels.shape != (len(found.files) - len(found.broken), size, size, 3):
+        return None
+    if files is not None and (list(files.items()), about) != (
+        list(found.files.items()),
+        found.about,
+    ):
+        note(f"{cache} was made of other files than there are now: they are decoded again")
+        return None
+    return found
+
+
+def decode(
+    cache: Path,
+    files: dict[str, int],
+    read: Callable[[str], bytes],
+    convert: Callable,
+    size: int,
+    about: dict | None = None,
+    leave_out: bool = False,
+) -> Decoded:
+    """Decode image files in the order of `files`, and write the cache.
+
+    read gives the content of a file; convert makes a PIL image one of size x size pixels in RGB.
+    Several threads call both. Raises UserError that names up to ten broken images, or with
+    leave_out returns the others; raises OSError if a file cannot be read. If the cache cannot be
+    written, the pixels stay in memory.
+    """
+    from multiprocessing.pool import ThreadPool
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    pixels = np.zeros((len(files), size, size, 3), np.uint8)
+
+    def fill(item: tuple[int, str]) -> str:
+        """Decode one image into its row; return what is wrong with it."""
+        row, name = item
+        try:
+            with Image.open(io.BytesIO(read(name))) as image:
+                pixels[row] = convert(image)
+        except Exception as error:  # Pillow and zipfile name no common class for broken input
+            if getattr(error, "errno", None):  # no right to read it, or the disk: no broken image
+                raise
+            return str(error).partition(" <")[0] or type(error).__name__
+        return ""
+
+    with ThreadPool(min(8, os.cpu_count() or 1)) as threads:  # Pillow releases the GIL
+        faults = threads.imap(fill, enumerate(files), chunksize=32)
+        bar = tqdm(faults, cache.stem, len(files), unit=" images", disable=None)
+        broken = {name: fault for name, fault in zip(files, bar, strict=True) if fault}
+    if broken and not leave_out:
+        first = ", ".join(f"{name} ({fault})" for name, fault in list(broken.items())[:10])
+        raise UserError(f"{len(broken)} of {len(files)} images are broken: {first}")
+    if broken:
+        pixels = pixels[[row for row, name in enumerate(files) if name not in broken]]
+    said = dict(files=files, broken=broken, about=about)
+
+    def write(file: io.BufferedIOBase) -> None:
+        header = np.lib.format.header_data_from_array_1_0(pixels)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(pixels)
+        file.write(json.dumps(said).encode())
+
+    try:
+        write_whole(cache, write)
+    except UserError as error:
+        note(f"{error}: the decoded images stay in memory")
+        return Decoded(pixels, **said)
+    return cached(cache, size) or Decoded(pixels, **said)

@@ -1,0 +1,68 @@
+"""Small image data sets as a user has them on disk: {name: content} of all files, and writers."""
+
+import io
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+ROOT = "tiny-imagenet-200"
+
+
+def picture(rng, size=(64, 64), mode="RGB", kind="JPEG", **options):
+    """The content of an image file of random pixels; size is width and height."""
+    shape = (size[1], size[0]) + (3,) * (mode == "RGB")
+    pixels = rng.integers(256, size=shape, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiny_imagenet(classes=3, train=11, val=12, root=f"{ROOT}/"):
+    """The files of Tiny ImageNet with fewer classes, in an order that is not the one of the labels.
+
+    train: training images per class; val: validation images, number i of class i % classes.
+    """
+    rng = np.random.default_rng(0)
+    wnids = [f"n{10 * number:08}" for number in range(classes)]
+    files = {f"{root}wnids.txt": "\n".join(wnids).encode()}
+    for wnid in reversed(wnids):
+        files[f"{root}train/{wnid}/{wnid}_boxes.txt"] = b""
+        for number in reversed(range(train)):
+            mode = "L" if number == 1 else "RGB"
+            content = picture(rng, mode=mode)
+            files[f"{root}train/{wnid}/images/{wnid}_{number}.JPEG"] = content
+    lines = ""
+    for number in reversed(range(val)):
+        files[f"{root}val/images/val_{number}.JPEG"] = picture(rng)
+        lines += f"val_{number}.JPEG\t{wnids[number % classes]}\t0\t0\t62\t62\n"
+    files[f"{root}val/val_annotations.txt"] = lines.encode()
+    files[f"{root}test/images/test_0.JPEG"] = picture(rng)
+    return files
+
+
+def class_folders(classes=("ant", "bee", "cat"), train=5, test=3, size=(16, 12), root=""):
+    """PNG files in train/CLASS/ and test/CLASS/."""
+    rng = np.random.default_rng(0)
+    return {
+        f"{root}{part}/{name}/{number}.png": picture(rng, size, kind="PNG")
+        for part, count in (("train", train), ("test", test))
+        for name in classes
+        for number in range(count)
+    }
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def write_zip(archive, files):
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return archive
