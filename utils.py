@@ -298,7 +298,7 @@ def start(description: str, detector: bool) -> "Run":
     """Parse the command line, read the data, and begin a run or go on from its checkpoint."""
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
-    wanted = args.dataset, args.data_dir, args.known_class, args.class_seed, device
+    wanted = args.dataset, args.data_dir, device, args.known_class, args.class_seed
     return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
 
 

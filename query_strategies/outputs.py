@@ -17,6 +17,7 @@ class PoolOutputs(NamedTuple):
     """
 
     size: int  # n, the number of images in the pool
+    num_known: int = 0  # K
     features: Tensor | None = None  # (n, F) float32, what goes into the last linear layer
     logits: Tensor | None = None  # (n, C) float32; in LfOSA the detector's, C = K + 1
     mc_logits: Tensor | None = None  # (S, n, C) float32, logits under S dropout masks
