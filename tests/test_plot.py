@@ -98,10 +98,11 @@ def test_a_pickle_that_calls_something_is_skipped_and_calls_nothing(tmp_path, ca
     assert victim.exists()  # it was an attack
 
 
+@pytest.mark.parametrize("protocol", [0, pickle.DEFAULT_PROTOCOL, pickle.HIGHEST_PROTOCOL])
 @pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.float16])
-def test_python_and_numpy_numbers_are_read(tmp_path, kind):
+def test_python_and_numpy_numbers_are_read(tmp_path, kind, protocol):
     log = {key: {np.int64(q): kind(v) for q, v in log.items()} for key, log in make_log().items()}
-    write(tmp_path, "random", log)
+    write(tmp_path, "random", pickle.dumps(log, protocol))
     (read,) = plot.read_logs([str(tmp_path)]).values()
     assert read == log and type(read["Acc"][0]) is float
 
