@@ -1,363 +1,270 @@
 """Draw the curves of the logs that AL_center.py and AL_center_temperature.py wrote.
 
-For every data set, network, number of known classes, initial percentage and query batch found in
-the log folders: selection recall, selection precision and classification accuracy against the
-query round, averaged over the seeds, as three PNGs; and a Markdown table of the final round and
-of the mean over the rounds on the standard output.
+Selection recall, selection precision and classification accuracy against the query round, as one
+PNG each, and a Markdown table of the final round and of the mean over the rounds.
 
-    python plot.py                                    # log_AL/*.pkl -> gifs/*/*.png
-    python plot.py --log-dir a/log_AL b/log_AL        # logs of several machines, drawn together
-    python plot.py --compare published/log_AL         # the published curves, dotted, beside ours
+    python plot.py                             # log_AL/*.pkl -> gifs/*/*.png
+    python plot.py --log-dir results           # all logs in the folders below results
+    python plot.py --compare results/digits    # our curves, and dotted those of results/digits
 
 Lines are means over the seeds; bands and the numbers after "±" are one sample standard deviation
-(ddof = 1), which a single seed does not have. Needs NumPy and Matplotlib only.
+(ddof = 1). Needs NumPy and Matplotlib only. No code in a log is run.
 """
 
 import argparse
-import colorsys
-import io
+import glob
 import os
 import pickle
-import pickletools
 import re
-import signal
 import sys
-import textwrap
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's backend need not be installed here
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-MAX_LOG_BYTES = 1_000_000  # a log of 10 rounds has 517; more is a checkpoint or something else
-ROUNDING = 1e-3  # percent by which a float32 accuracy may miss 0 or 100
-FIGURE_INCHES = (5, 4)  # width, height: one column of a paper
-DPI = 150  # 750 pixels wide
-TITLE_WIDTH = 68  # characters of the title's font in FIGURE_INCHES
-LEGEND_INSIDE = 6  # curves; a longer legend hides too much and goes below the axes
-PUBLISHED_TEMPERATURES = {"unknown-T": 0.5, "known-T": 0.5, "modelB-T": 1.0}  # in a name's order
 
 MEASURES = {  # in the file name -> key in the log, axis label, decimals in the table
     "recall": ("Recall", "Selection Recall", 3),
     "precision": ("Precision", "Selection Precision", 3),
     "accuracy": ("Acc", "Classification Accuracy (%)", 2),
 }
+LIMITS = {"Acc": 100, "Err": 100, "Precision": 1, "Recall": 1}  # key in the log -> largest value
+ROUNDING = 1e-3  # by which float32 numbers may miss a limit
 DATASETS = {  # in the log's name -> folder of its figures, name in titles
     "cifar10": ("cifar", "CIFAR-10"),
     "cifar100": ("cifar", "CIFAR-100"),
     "TinyImagenet": ("tinyimagenet", "Tiny-ImageNet"),
-    "digits": ("digits", "digits"),
 }
-STYLES = {  # strategy -> colour, marker; in the table's order; luminances differ for grey prints
-    "AV_temperature": ("#c1121f", "o"),
-    "AV_based": ("#08306b", "s"),
-    "uncertainty": ("#f4a62a", "^"),
-    "random": ("#666666", "D"),
-    "KMeans": ("#41ab5d", "v"),
-    "BALD": ("#b583cc", "P"),
-}
-OTHER_MARKERS = ("X", "<", ">", "p", "h", "*", "d", "8")  # of strategies that STYLES lacks
-DASHES = ((0, (4, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 1)))  # variants of a strategy, in turn
-FILLS = ("full", "none", "left", "right", "top", "bottom")  # of their markers, in turn
+PAPER = "AV_temperature AV_based random uncertainty certainty Coreset BALD OpenMax".split()
+OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()
+COLOURS = "C3 C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
+STYLES = dict(zip(PAPER + OTHERS, zip(COLOURS, "os^DvPXp<>hd*", strict=True), strict=True))
+DASHES = ("-", "--", "-.", (0, (1, 1, 4, 1, 4, 1)))  # variants of a strategy, in turn
+FILLS = ("full", "none", "left", "top")  # of their markers
 
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"  # as Python prints a float or an int
 LOG_NAME = re.compile(
-    r"(?P<temperature>temperature_)?(?!temperature_)(?P<model>[A-Za-z0-9][\w.-]*)"
-    rf"_(?P<dataset>[A-Za-z0-9-]+)_known(?P<known>\d+)_init(?P<init>{NUMBER})"
-    r"_batch(?P<batch>\d+)_seed(?P<seed>\d+)_(?P<strategy>[A-Za-z0-9][\w-]*?)"
-    rf"(?(temperature)_unknown_T(?P<unknown_T>{NUMBER})_known_T(?P<known_T>{NUMBER})"
-    rf"(?:_modelB_T(?P<modelB_T>{NUMBER}))?)"
-    r"(?:__(?P<settings>[\w.+-]+))?\.pkl",
+    r"(?P<lfosa>temperature_)?(?!temperature_)(?P<model>[A-Za-z0-9][\w.-]*?)"
+    r"_(?P<dataset>[A-Za-z0-9-][A-Za-z0-9.-]*)"
+    rf"(?:_known(?P<known>\d+)_init(?P<init>{NUMBER})_batch(?P<batch>\d+))?"
+    r"_seed(?P<seed>\d+)_(?P<strategy>[A-Za-z0-9][\w-]*?)"
+    rf"(?(lfosa)(?P<temperatures>_unknown_T{NUMBER}_known_T{NUMBER}(?:_modelB_T{NUMBER})?))"
+    r"(?:__(?P<settings>[\w.,+-]+))?\.pkl",
     re.ASCII,
 )
+PUBLISHED = ("unknown_T0.5", "known_T0.5", "modelB_T1.0")
 
-Log = dict[str, list[float]]
-
-
-class Group(NamedTuple):
-    """What the curves of one figure share."""
-
-    dataset: str
-    model: str
-    known: int  # classes
-    init: str  # percent of the known images, in its shortest spelling
-    batch: int  # images per query
-
-
-class Method(NamedTuple):
-    """What tells the curves of one figure apart."""
-
-    strategy: str
-    temperatures: tuple[float, ...] | None  # unknown, known, modelB; None: AL_center.py
-    settings: tuple[str, ...]  # flags away from the published setting, as in the file name
-
-    @property
-    def is_lfosa(self) -> bool:
-        return self.strategy == "AV_temperature" and self.temperatures is not None
+Log = dict[str, dict[int, float]]  # key of LIMITS -> round -> value
 
 
 class Run(NamedTuple):
-    """What the file name of a log says."""
+    """What the file name of a log says; known, init and batch are empty with an annotator.
 
-    group: Group
-    method: Method
+    Runs in one figure share the first five, compared ones the first four.
+    """
+
+    dataset: str
+    known: str  # number of known classes
+    init: str  # percent of the known images
+    batch: str  # images per query
+    model: str
+    strategy: str
+    traits: tuple[str, ...]  # what differs from the published setting: ("max-epoch10", ...)
     seed: int
+    folder: str = ""  # of --compare; empty for our own runs
 
 
 class Curve(NamedTuple):
-    """The runs of one method, one row of values per seed."""
+    """The logs of a method, one per seed, and the look of their mean."""
 
-    method: Method
     label: str
-    seeds: tuple[int, ...]
-    values: dict[str, np.ndarray]  # by the keys of MEASURES; each [seeds, rounds]
-    published: bool  # from --compare
-    variant: int  # 0, 1, ... among the curves of the same strategy in the figure
+    style: dict  # keyword arguments of the line
+    logs: list[Log]
+
+    def values(self, measure: str) -> tuple[list[int], np.ndarray]:
+        """The R rounds that all S seeds have, and the measure's values (S, R)."""
+        columns = [log[MEASURES[measure][0]] for log in self.logs]
+        rounds = sorted(set.intersection(*map(set, columns)))
+        return rounds, np.array([[column[q] for q in rounds] for column in columns])
 
 
 def say(message: str) -> None:
-    """One line on the standard error, whatever a file name or a damaged file put into it."""
-    print("plot.py:", "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)
-
-
-# ---- reading -----------------------------------------------------------------------------------
+    """One line on the standard error."""
+    print("plot.py:", message, file=sys.stderr)
 
 
 def parse_name(name: str) -> Run:
     """Read a log's file name; ValueError if it is not one that the two scripts would give."""
     match = LOG_NAME.fullmatch(name)
-    if match is None:
+    if not match:
         raise ValueError("its name is not that of a log")
-    part = match.groupdict()
-    temperatures = None
-    if part["temperature"]:
-        # older published logs lack modelB_T: their classifier had no temperature yet
-        texts = (part["unknown_T"], part["known_T"], part["modelB_T"] or "1.0")
-        temperatures = tuple(float(text) for text in texts)
-    settings = tuple(part["settings"].split("_")) if part["settings"] else ()
-    init = f"{float(part['init']):.12g}"
-    group = Group(part["dataset"], part["model"], int(part["known"]), init, int(part["batch"]))
-    return Run(group, Method(part["strategy"], temperatures, settings), int(part["seed"]))
+    part = match.groupdict("")
+    traits = ["LfOSA script"] if part["lfosa"] and part["strategy"] != "AV_temperature" else []
+    # older published logs lack modelB_T: their classifier had no temperature yet
+    temperatures = re.findall(r"[a-zA-Z]+_T[^_]+", part["temperatures"])
+    traits += [text.replace("_", "-") for text in temperatures if text not in PUBLISHED]
+    traits += part["settings"].split("_") if part["settings"] else []
+    group = [part[key] for key in Run._fields[:6]]
+    return Run(*group, tuple(traits), int(part["seed"]))
+
+
+class NumberType:
+    """Stands in for numpy.dtype in a pickle: the name of a type of numbers, such as "<f8"."""
+
+    def __init__(self, code: str, *_: object):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1] + self.code  # the byte order comes first
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads containers, strings and numbers; a pickle that asks for any code is refused."""
+    """Loads containers, strings, Python's and NumPy's numbers, and nothing that runs code."""
 
-    def find_class(self, module: str, name: str) -> None:
-        what = "a log holds plain numbers, such as float() gives"
-        raise ValueError(f"refused: it would run {module}.{name}; {what}")
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("numpy", "dtype"):
+            return NumberType
+        if module in ("numpy._core.multiarray", "numpy.core.multiarray") and name == "scalar":
+            return lambda kind, data: np.frombuffer(data, kind.code).item()
+        if (module, name) == ("_codecs", "encode"):  # the scalar's bytes in protocols 0 to 2
+            return lambda text, _: text.encode("latin1")
+        raise ValueError(f"refused, it would run {module}.{name}")
 
 
-def check_log(content: object) -> Log:
-    """Lists, by round, of an unpickled log's measures; ValueError or TypeError if it is none."""
-    if not isinstance(content, dict):
-        raise TypeError(f"holds a {type(content).__name__} instead of a dict of measures")
-    log = {}
-    if list(content.values()) == [{}] * 4:
+def load_log(path: Path, run: Run) -> Log:
+    """Read one log; ValueError with a reason for whatever is wrong with the file.
+
+    With an annotator, measures may lack rounds; else all have the same rounds 0, 1, ...
+    """
+    try:
+        with path.open("rb") as file:
+            content = PlainUnpickler(file).load()
+        log = {key: dict(content[key]) for key in LIMITS}
+    except Exception as error:  # damaged bytes raise nearly every class there is
+        raise ValueError(f"not a sound log ({error!r:.200})") from None
+    for key, limit in LIMITS.items():
+        for q, value in log[key].items():
+            plain = type(q) is int and type(value) in (int, float)
+            if not (plain and -ROUNDING <= value <= limit + ROUNDING):  # NaN fails as well
+                raise ValueError(f"{key}[{q!r}] = {value!r:.20} is no number from 0 to {limit}")
+    if not any(log.values()):
         raise ValueError("no round is done yet")
-    for key in ("Acc", "Err", "Precision", "Recall"):
-        rounds = content.get(key)
-        if not isinstance(rounds, dict) or not rounds:
-            raise ValueError(f"{key} is missing, empty or not a dict of rounds")
-        if set(rounds) != set(range(len(rounds))):
-            raise ValueError(f"the rounds of {key} are not 0 to {len(rounds) - 1}")
-        limit = 100 if key in ("Acc", "Err") else 1
-        for value in rounds.values():  # NaN fails both comparisons
-            if type(value) not in (int, float) or not -ROUNDING <= value <= limit + ROUNDING:
-                raise ValueError(f"{key} holds something that is not a number from 0 to {limit}")
-        log[key] = [float(rounds[q]) for q in range(len(rounds))]
-    if len({len(values) for values in log.values()}) > 1:
-        raise ValueError("its measures have different numbers of rounds")
+    if run.known and any(set(log[key]) != set(range(len(log["Acc"]))) for key in LIMITS):
+        raise ValueError("its measures do not have the same rounds 0, 1, ...")
+    for q, accuracy in log["Acc"].items():
+        if abs(accuracy + log["Err"].get(q, 0) - 100) > 0.1:  # both may be rounded
+            raise ValueError(f"Acc[{q}] + Err[{q}] is not 100: they must be in percent")
     return log
 
 
-def load_log(path: Path) -> Log:
-    """Read one log; ValueError with a reason for whatever is wrong with the file."""
-    try:
-        if not path.is_file():  # to open a named pipe would wait for ever
-            raise ValueError("not a regular file")
-        with path.open("rb") as file:
-            data = file.read(MAX_LOG_BYTES + 1)
-        if not data or len(data) > MAX_LOG_BYTES:
-            raise ValueError("too large for a log" if data else "empty file")
-        for opcode, argument, _ in pickletools.genops(data):
-            # the unpickler makes room up to any index it meets: 5 damaged bytes cost 64 GB
-            if "PUT" in opcode.name and (argument or 0) > len(data):
-                raise ValueError("damaged pickle")
-        return check_log(PlainUnpickler(io.BytesIO(data)).load())
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except Exception as error:  # rubbish bytes raise nearly every class there is
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"not a sound log ({reason[:200]})") from None
+def read_logs(folders: list[str], compared: str = "") -> dict[Run, Log]:
+    """All sound logs in and below the folders; the others are named on the standard error.
 
-
-def read_logs(folders: list[str]) -> dict[Run, Log]:
-    """All sound logs of the folders, each other one named on stderr; ValueError if none is left."""
-    logs, origin, unreadable = {}, {}, {}
+    `compared` becomes the runs' folder. Of different logs of one run the first is taken.
+    """
+    logs = {}
     for folder in folders:
-        try:
-            names = sorted(name for name in os.listdir(folder) if name.endswith(".pkl"))
-        except OSError as error:
-            unreadable[folder] = f"{folder} ({error.strerror})"
-            continue
+        names = sorted(glob.glob("**/*.pkl", root_dir=folder, recursive=True))  # none hidden
+        if not names and len(folders) > 1:
+            say(f"no log in {folder}")
         for path in (Path(folder, name) for name in names):
             try:
-                run, log = parse_name(path.name), load_log(path)
+                run = parse_name(path.name)._replace(folder=compared)
+                log = load_log(path, run)
+                if logs.setdefault(run, log) != log:
+                    raise ValueError("another log of the same run, read before, differs from it")
             except ValueError as error:
                 say(f"skipped {path}: {error}")
-                continue
-            if run not in logs:
-                logs[run], origin[run] = log, path
-            elif logs[run] != log:
-                say(f"skipped {path}: differs from {origin[run]}, which is the same run")
-    if not logs:
-        where = ", ".join(unreadable.get(folder, folder) for folder in folders)
-        raise ValueError(f"no log to draw in {where}")
-    for folder in unreadable.values():
-        say(f"skipped {folder}")
     return logs
 
 
-# ---- curves ------------------------------------------------------------------------------------
-
-
-def traits(method: Method) -> list[str]:
-    """What a method does away from the published setting, as flags: ["max-epoch10", ...]."""
-    temperatures = method.temperatures or PUBLISHED_TEMPERATURES.values()
-    own = zip(PUBLISHED_TEMPERATURES.items(), temperatures, strict=True)
-    return [f"{flag}{t}" for (flag, usual), t in own if t != usual] + list(method.settings)
-
-
-def make_label(method: Method, common: list[str], notes: list[str]) -> str:
-    """Legend entry: the strategy, its traits but the common ones, and notes in parentheses."""
-    if method.temperatures and not method.is_lfosa:
-        notes = ["LfOSA script", *notes]
-    own = [trait for trait in traits(method) if trait not in common]
-    label = ", ".join(["LfOSA" if method.is_lfosa else method.strategy, *own])
-    return f"{label} ({', '.join(notes)})" if notes else label
-
-
-def stack_seeds(logs: dict[int, Log], name: str) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
-    """Seeds in order and, per measure, [seeds, rounds], cut to the seed with the fewest rounds."""
-    seeds = tuple(sorted(logs))
-    lengths = [len(logs[seed]["Acc"]) for seed in seeds]
-    if max(lengths) > min(lengths):
-        have = ", ".join(f"seed {seed} has {n}" for seed, n in zip(seeds, lengths, strict=True))
-        say(f"{name}: all seeds cut to {min(lengths)} rounds ({have})")
-    return seeds, {
-        measure: np.array([logs[seed][key][: min(lengths)] for seed in seeds])
-        for measure, (key, _, _) in MEASURES.items()
-    }
-
-
-def drawing_order(key: tuple[Method, bool, str]) -> tuple:
-    """Sort key: LfOSA, then the strategies as in STYLES, then others by name; ours first."""
-    method, published, model = key
-    rank = list(STYLES).index(method.strategy) if method.strategy in STYLES else len(STYLES)
-    temperatures = method.temperatures or ()  # None cannot be sorted
-    scripts = len(temperatures), published, model
-    return rank, method.strategy, *scripts, temperatures, method.settings
-
-
-def fits(compared: Group, group: Group) -> bool:
-    """Whether published runs belong into a figure of ours: they do whatever their model is."""
-    return compared._replace(model=group.model) == group
-
-
-def make_curves(
-    group: Group, logs: dict[Run, Log], compared: dict[Run, Log]
-) -> tuple[str, list[Curve]]:
-    """Title and curves, in drawing order, of the group's runs and the compared ones that fit it."""
-    found: dict[tuple[Method, bool, str], dict[int, Log]] = {}
-    for run, log in logs.items():
-        if run.group == group:
-            found.setdefault((run.method, False, group.model), {})[run.seed] = log
-    ours = [method for method, _, _ in found]
-    common = [trait for trait in traits(ours[0]) if all(trait in traits(m) for m in ours)]
-    for run, log in compared.items():
-        if fits(run.group, group):
-            found.setdefault((run.method, True, run.group.model), {})[run.seed] = log
-
-    _, name = DATASETS.get(group.dataset, ("", group.dataset))
-    title = f"{name}, {group.model}, {group.known} known classes, init {group.init} %"
-    title = f"{title}, batch {group.batch}"
-    if common:
-        only = "" if len(found) == len(ours) else "ours: "
-        title = f"{title}; {only}{', '.join(common)}"
-    curves, seen = [], Counter()
-    for method, published, model in sorted(found, key=drawing_order):
-        notes = ["published"] * published + [model] * (model != group.model)
-        # a compared run names all its settings: the title speaks of ours
-        label = make_label(method, [] if published else common, notes)
-        seeds, values = stack_seeds(found[method, published, model], f"{title}: {label}")
-        variant = seen[method.strategy, published]
-        seen[method.strategy, published] += 1
-        curves.append(Curve(method, label, seeds, values, published, variant))
-    return title, curves
-
-
-def mean_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean and sample standard deviation over axis 0, the seeds; None for a single seed."""
-    return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
-
-
-# ---- figures and table -------------------------------------------------------------------------
-
-
-def strategy_style(strategy: str) -> tuple[str, str]:
-    """Colour and marker; those of an unlisted strategy follow from its name alone."""
-    if strategy in STYLES:
-        return STYLES[strategy]
-    code = zlib.crc32(strategy.encode())
-    colour = colorsys.hls_to_rgb(code % 360 / 360, 0.3 + code // 360 % 4 / 10, 0.6)
-    return matplotlib.colors.to_hex(colour), OTHER_MARKERS[code // 1440 % len(OTHER_MARKERS)]
-
-
-def line_style(curve: Curve) -> dict:
-    """Keyword arguments of the curve's line: colour by strategy, dashes and filling by variant."""
-    colour, marker = strategy_style(curve.method.strategy)
-    dashes = "-" if curve.method.is_lfosa else DASHES[curve.variant % len(DASHES)]
-    fill = FILLS[curve.variant % len(FILLS)]
+def line_style(strategy: str, variant: int, compared: bool) -> dict:
+    """Keyword arguments of a line. A strategy looks the same in every figure."""
+    code = zlib.crc32(strategy.encode())  # a user's own strategy gets its look from its name
+    own = matplotlib.colormaps["Dark2"](code % 8), "H8+x1234"[code // 8 % 8]
+    colour, marker = STYLES.get(strategy, own)
+    width = 2.2 if strategy == "AV_temperature" else 1.4 if strategy in PAPER else 0.8
     return {
         "color": colour,
         "marker": marker,
-        "fillstyle": fill,
+        "fillstyle": FILLS[variant % len(FILLS)],
         "markerfacecoloralt": "white",
-        "markersize": 3 if curve.published else 5,
-        "linestyle": ":" if curve.published else dashes,
-        "linewidth": 1 if curve.published else 1.6,
-        "zorder": (3 if curve.method.is_lfosa else 2) + 0.5 * (not curve.published),
+        "markersize": 3 if compared else 3.5 + width / 2,
+        "linestyle": ":" if compared else DASHES[variant % len(DASHES)],
+        "linewidth": min(width, 1.2) if compared else width,
+        "zorder": 2 + width - 0.5 * compared,  # the thick ones in front
     }
+
+
+def make_curves(logs: dict[Run, Log], common: list[str]) -> list[Curve]:
+    """The curves of one figure, LfOSA first; the labels of ours leave out the common traits."""
+
+    def order(run: Run) -> tuple:
+        return [*STYLES, run.strategy].index(run.strategy), run.strategy, run.folder, run
+
+    model = next(run.model for run in logs if not run.folder)
+    methods: dict[Run, dict[int, Log]] = {}
+    for run in sorted(logs, key=order):
+        methods.setdefault(run._replace(seed=0), {})[run.seed] = logs[run]
+    curves, variants = [], Counter()
+    for run, seeds in methods.items():
+        if run.folder and methods.get(run._replace(folder="")) == seeds:
+            continue  # the same logs as ours make one curve
+        label = ["LfOSA" if run.strategy == "AV_temperature" else run.strategy]
+        label += [trait for trait in run.traits if run.folder or trait not in common]
+        notes = [run.folder] * bool(run.folder) + [run.model] * (run.model != model)
+        label = ", ".join(label) + (f" ({', '.join(notes)})" if notes else "")
+        lengths = {seed: len(log["Precision"]) for seed, log in seeds.items()}
+        if len(set(lengths.values())) > 1:
+            say(f"{label}: drawn are the rounds that all seeds have; rounds by seed: {lengths}")
+        style = line_style(run.strategy, variants[run.strategy, run.folder], bool(run.folder))
+        variants[run.strategy, run.folder] += 1
+        curves.append(Curve(label, style, list(seeds.values())))
+    return curves
+
+
+def table(curves: list[Curve]) -> list[str]:
+    """Markdown rows: seeds, rounds, and each known measure in the final and over all rounds."""
+    known = [measure for measure in MEASURES if any(curve.values(measure)[0] for curve in curves)]
+    columns = [f"{when} {measure}" for measure in known for when in ("final", "mean")]
+    rows = [["strategy", "seeds", "rounds", *columns], ["---"] + ["---:"] * (2 + len(columns))]
+    for curve in curves:
+        length = max(len(curve.values(measure)[0]) for measure in MEASURES)
+        rows.append([curve.label, str(len(curve.logs)), str(length)])
+        for measure in known:
+            rounds, values = curve.values(measure)
+            for per_seed in (values[:, -1], values.mean(axis=1)) if rounds else ():
+                cell = f"{per_seed.mean():.{MEASURES[measure][2]}f}"
+                if len(per_seed) > 1:
+                    cell += f" ± {per_seed.std(ddof=1):.{MEASURES[measure][2]}f}"
+                rows[-1].append(cell)
+            rows[-1] += [] if rounds else ["-", "-"]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def draw(curves: list[Curve], measure: str, title: str) -> Figure:
     """The figure of one measure: mean lines over the rounds, bands of one standard deviation."""
-    figure = Figure(figsize=FIGURE_INCHES)
+    figure = Figure(figsize=(5, 4))  # inches: one column of a paper
     axes = figure.add_subplot()
     for curve in curves:
-        mean, std = mean_std(curve.values[measure])
-        style = line_style(curve)
-        axes.plot(range(len(mean)), mean, label=curve.label, **style)
-        if std is not None and not curve.published:
-            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(range(len(mean)), mean - std, mean + std, zorder=1, **band)
-    lines = [textwrap.fill(part, TITLE_WIDTH, break_on_hyphens=False) for part in title.split("; ")]
-    axes.set_title("\n".join(lines), fontsize=9)
-    axes.set_xlabel("Query Round")
-    axes.set_ylabel(MEASURES[measure][1])
+        rounds, values = curve.values(measure)
+        mean, style = values.mean(axis=0), curve.style
+        axes.plot(rounds, mean, label=curve.label, **style)
+        if len(values) > 1 and style["linestyle"] != ":":
+            std = values.std(axis=0, ddof=1)
+            band = {"alpha": 0.06 * style["linewidth"], "linewidth": 0, "zorder": 1}
+            axes.fill_between(rounds, mean - std, mean + std, color=style["color"], **band)
+    axes.set_title(title, fontsize=9, wrap=True)
+    axes.set(xlabel="Query Round", ylabel=MEASURES[measure][1])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # 1: also with one round
     axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    if len(curves) > LEGEND_INSIDE:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.46, -0.14), "ncols": 2, "fontsize": 7}
-    else:
-        place = {"loc": "best", "framealpha": 0.6, "fontsize": 8}
-    axes.legend(handlelength=3, **place)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+    axes.legend(handlelength=3, fontsize=7, **below)
     return figure
 
 
@@ -366,100 +273,72 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def figure_stem(group: Group, groups: list[Group]) -> str:
-    """Path of the group's figures below the output folder, up to the measure.
+def main(argv: list[str] | None = None) -> None:
+    """Draw and print everything; SystemExit with status 2 if the user has to change something."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.usage = argparse.SUPPRESS  # the examples say it, and an error is one line without it
+    folder = {"metavar": "DIR", "type": os.path.expanduser}
+    text = "folders with logs of the two scripts, in them or below (default: log_AL)"
+    parser.add_argument("--log-dir", nargs="+", default=["log_AL"], help=text, **folder)
+    text = "folder for the figures (default: gifs)"
+    parser.add_argument("--out-dir", default="gifs", help=text, **folder)
+    text = "folder with logs to compare with, drawn dotted into our figures of the same data set, "
+    text += "known classes, initial percentage and query batch, whatever their network"
+    parser.add_argument("--compare", help=text, **folder)
+    args = parser.parse_args(argv)
 
-    Named as the published ones, with the batch only where another group would share the name.
-    """
-    family, _ = DATASETS.get(group.dataset, (group.dataset.lower(), ""))
-    stem = f"{group.dataset}_{group.model}_init{group.init}_known{group.known}"
-    shared = any(g != group and g._replace(batch=group.batch) == group for g in groups)
-    return f"{family}/{stem}" + (f"_batch{group.batch}" if shared else "")
-
-
-def table(curves: list[Curve]) -> list[str]:
-    """Markdown rows: seeds, rounds, and each measure in the final round and over the rounds."""
-    columns = ["strategy", "seeds", "rounds"]
-    columns += [f"{when} {measure}" for measure in MEASURES for when in ("final", "mean")]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
-    for curve in curves:
-        cells = [curve.label, str(len(curve.seeds)), str(curve.values["recall"].shape[1])]
-        for measure, (_, _, decimals) in MEASURES.items():
-            values = curve.values[measure]
-            for per_seed in (values[:, -1], values.mean(axis=1)):
-                mean, std = mean_std(per_seed)
-                spread = "" if std is None else f" ± {std:.{decimals}f}"
-                cells.append(f"{mean:.{decimals}f}{spread}")
-        lines.append(cells)
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; sys.argv where argv is None."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # the examples say it, and an error is one line without it
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    text = "folders with the logs (.pkl) of the two scripts (default: log_AL)"
-    add("--log-dir", nargs="+", default=["log_AL"], metavar="DIR", help=text)
-    text = "folder for the figures, one folder in it per family of data sets (default: gifs)"
-    add("--out-dir", default="gifs", metavar="DIR", help=text)
-    text = "folder with published logs, drawn dotted into our figures of the same data set, known "
-    text += "classes, initial percentage and query batch, whatever their model (default: none)"
-    add("--compare", metavar="DIR", help=text)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Draw and print everything; the exit status is 2 where the user has to change something."""
-    args = parse_args(argv)
+    logs, compared = read_logs(args.log_dir), {}
+    if not logs:
+        parser.error(f"no log in {', '.join(args.log_dir)}: name the folders with --log-dir")
+    if args.compare:
+        name = str(Path(*Path(args.compare).parts[-2:]))  # short, for the legend
+        compared = read_logs([args.compare], name.encode(errors="replace").decode())
+        if not {run[:4] for run in compared} & {run[:4] for run in logs}:
+            say(f"--compare: no log in {args.compare} has the same data set, known, init and batch")
     matplotlib.rcdefaults()  # the figures are the same whatever a user's matplotlibrc says
-    try:
-        logs = read_logs(args.log_dir)
-    except ValueError as error:
-        say(f"{error}: name folders that have logs with --log-dir")
-        return 2
-    groups = sorted({run.group for run in logs})
-    compared = {}
-    if args.compare is not None:
-        try:
-            compared = read_logs([args.compare])
-            if not any(fits(run.group, group) for run in compared for group in groups):
-                say(f"--compare: no log in {args.compare} shares data set, known, init and batch")
-        except ValueError as error:
-            say(f"--compare: {error}")
-    report = []
-    for group in groups:
-        title, curves = make_curves(group, logs, compared)
+    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a folder's name is no formula
+    report, figures = [], sorted({run[:5] for run in logs})
+    for figure in figures:
+        dataset, known, init, batch, model = figure
+        ours = {run: log for run, log in logs.items() if run[:5] == figure}
+        theirs = {run: log for run, log in compared.items() if run[:4] == figure[:4]}
+        # what all our runs have in common stands in the title
+        common = [t for t in next(iter(ours)).traits if all(t in run.traits for run in ours)]
+        curves = make_curves(ours | theirs, common)
+        family, name = DATASETS.get(dataset, (dataset.lower(), dataset))
+        title, stem = f"{name}, {model}", f"{family}/{dataset}_{model}"
+        if known:
+            title += f", {known} known classes, init {init} %, batch {batch}"
+            stem += f"_init{init}_known{known}"  # as the published figures
+        if sum(f[:3] + f[4:] == (dataset, known, init, model) for f in figures) > 1:
+            stem += f"_batch{batch}"  # only where another figure would have the same name
+        if common:
+            title += f"; {'ours: ' if theirs else ''}{', '.join(common)}"
         report += [f"## {title}", "", *table(curves), ""]
-        try:
-            for measure in MEASURES:
-                path = Path(args.out_dir, f"{figure_stem(group, groups)}_{measure}.png")
-                save(draw(curves, measure, title), path)
-        except OSError as error:
-            say(f"cannot write {path}: {error.strerror}; choose another --out-dir")
-            return 2
+        for measure in MEASURES:
+            path = Path(args.out_dir, f"{stem}_{measure}.png")
+            drawn = [curve for curve in curves if curve.values(measure)[0]]
+            try:
+                if drawn:
+                    save(draw(drawn, measure, title), path)
+            except OSError as error:
+                parser.error(f"cannot write {path}: {error.strerror}; choose another --out-dir")
     try:
         print(*report, sep="\n", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # not told a second time
-        say(f"cannot print the tables: {error.strerror}")
-        return 2
-    return 0
+        if not isinstance(error, BrokenPipeError):  # "plot.py | head" has seen enough
+            parser.error(f"cannot print the tables: {error.strerror}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no "±"
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "plot.py | head" ends without a traceback
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    if sys.stdout is not None:  # None: the standard output is closed
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that has no "±"
+    main()
