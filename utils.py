@@ -24,16 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
-from datasets.files import UserError, check_space, load_checkpoint, lock, told, write_whole
+from datasets.files import UserError, check_space, load_checkpoint, lock, tell, told, write_whole
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
-
-BY_DATA = "below"  # default of an argument that depends on the data set
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -79,55 +76,52 @@ TEMPERATURE = number(float, 1e-30, 1e30)  # float32 goes a little further
 def parse_arguments(description: str, detector: bool) -> Namespace:
     """The command line of either script; `detector` adds LfOSA's temperatures and its strategy.
 
-    Arguments whose default depends on the data set are filled in; `settings` holds those that
-    lead away from the published setting, as they show in the run's name.
+    `settings` holds the arguments that lead away from the published setting, as they show in the
+    run's name.
     """
+    early = Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--dataset", type=spelled(DATASETS), choices=DATASETS, default="digits")
+    dataset = early.parse_known_args()[0].dataset
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",
         description=description,
+        epilog=f"The defaults are those of {dataset}; --dataset cifar100 --help shows others.",
         allow_abbrev=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
     )
-    table = [f"{'defaults by data set':20}" + "".join(f"{name:>14}" for name in DATASETS)]
-    defaults = {}
 
     def add(group, flag: str, kind: object, default: object, metavar: str, text: str = "") -> None:
-        """kind: an argparse type or a list of names; default: BY_DATA if the data set decides."""
-        key = flag[2:].replace("-", "_")
-        defaults[key], more = default, {"type": kind}
+        """kind: an argparse type or a list of names; the data set's default goes before."""
+        default = DATASETS[dataset].defaults.get(flag[2:].replace("-", "_"), default)
+        more = {"type": kind}
         if isinstance(kind, list):
             more, text = {"type": spelled(kind), "choices": kind}, f"{text}{', '.join(kind)}"
-        if default is BY_DATA:
-            values = [dataset.defaults[key] for dataset in DATASETS.values()]
-            cells = ("by data" if value is None else value for value in values)
-            table.append(f"  {flag:18}" + "".join(f"{cell:>14}" for cell in cells))
-        text += "" if default is None else f" (default: {default})"
-        group.add_argument(flag, metavar=metavar, help=text, **more)
+        text += "" if default is None else " (default: %(default)s)"
+        group.add_argument(flag, default=default, metavar=metavar, help=text, **more)
 
     def switch(group, flag: str, text: str) -> None:
-        defaults[flag[2:].replace("-", "_")] = False
         group.add_argument(flag, action="store_true", help=text)
 
     strategies = [name for name in STRATEGIES if detector or not needs_detector(name)]
     first = "AV_temperature" if detector else "uncertainty"
     group = parser.add_argument_group("experiment")
-    add(group, "--dataset", [*DATASETS], "digits", "NAME")
+    add(group, "--dataset", [*DATASETS], dataset, "NAME")
     add(group, "--data-dir", str, "~/data", "DIR", "folder of the data sets")
     add(group, "--query-strategy", strategies, first, "NAME")
-    add(group, "--known-class", COUNT, BY_DATA, "K", "number of known classes")
-    add(group, "--init-percent", PERCENT, BY_DATA, "P", "percent of known images labeled at first")
-    add(group, "--query-batch", COUNT, BY_DATA, "N", "images queried per round")
+    add(group, "--known-class", COUNT, None, "K", "number of known classes")
+    add(group, "--init-percent", PERCENT, None, "P", "percent of known images labeled at first")
+    add(group, "--query-batch", COUNT, None, "N", "images queried per round")
     add(group, "--max-query", COUNT, 10, "N", "rounds")
     add(group, "--seed", SIZE, 1, "N", "of every random draw")
     add(group, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
     group = parser.add_argument_group("network and training")
-    add(group, "--model", [*models.NETWORKS], BY_DATA, "NAME")
-    add(group, "--feat-dim", SIZE, BY_DATA, "F", "features before the last layer; 0: plain ResNet")
-    add(group, "--max-epoch", SIZE, BY_DATA, "N", "epochs of training per round and network")
-    add(group, "--batch-size", COUNT, BY_DATA, "N", "images per training step")
-    add(group, "--lr-model", POSITIVE, BY_DATA, "LR", "learning rate of the networks")
+    add(group, "--model", [*models.NETWORKS], None, "NAME")
+    add(group, "--feat-dim", SIZE, None, "F", "features before the last layer; 0: plain ResNet")
+    add(group, "--max-epoch", SIZE, None, "N", "epochs of training per round and network")
+    add(group, "--batch-size", COUNT, None, "N", "images per training step")
+    add(group, "--lr-model", POSITIVE, None, "LR", "learning rate of the networks")
     add(group, "--stepsize", COUNT, 20, "N", "epochs between decays of the learning rate")
     add(group, "--gamma", POSITIVE, 0.5, "X", "factor of each decay")
     add(group, "--weight-cent", WEIGHT, 0.0, "X", "weight of the center loss")
@@ -151,22 +145,15 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
     add(group, "--checkpoint-seconds", WEIGHT, 60, "S", "between checkpoints within a training")
-    switch(group, "--resume", "go on from the checkpoint, if there is one")
-    switch(group, "--overwrite", "replace the files of an earlier run")
-    parser.epilog = "\n".join(table)
-
+    either = group.add_mutually_exclusive_group()
+    switch(either, "--resume", "go on from the checkpoint, if there is one")
+    switch(either, "--overwrite", "replace the files of an earlier run")
     args = parser.parse_args()
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    defaults |= DATASETS[args.dataset or defaults["dataset"]].defaults
-    for key, value in defaults.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.settings = _settings(args, defaults)
+    args.settings = _settings(args, parser)
     return args
 
 
-def _settings(args: Namespace, defaults: dict) -> str:
+def _settings(args: Namespace, parser: Parser) -> str:
     """Flags that change the experiment and are not in the published name: '__flag-value_...'."""
     keys = ["class_seed", "max_epoch", "feat_dim", "batch_size", "lr_model", "stepsize", "gamma"]
     keys += ["weight_cent", "drop_unknown", "augment_pool", "amp"]
@@ -176,7 +163,7 @@ def _settings(args: Namespace, defaults: dict) -> str:
         keys += ["dropout", "mc_samples"]
     parts = []
     for key in keys:
-        if (value := getattr(args, key)) != defaults[key]:
+        if (value := getattr(args, key)) != parser.get_default(key):
             parts.append(key.replace("_", "-") + ("" if value is True else _show(value)))
     return "__" + "_".join(parts) if parts else ""
 
@@ -195,7 +182,7 @@ def run_name(args: Namespace, dataset: str) -> str:
     return name + args.settings
 
 
-# ---- seeds, errors and signals ------------------------------------------------------------------
+# ---- seeds and errors -----------------------------------------------------------------------
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -207,45 +194,6 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     key = "/".join(map(str, (seed, *purpose)))
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-
-
-class Stopped(Exception):
-    """A signal, the argument, has ended the run after an epoch; its checkpoint is written."""
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Inside, the first signal to stop is only noted; a second one ends the process at once.
-
-    Under torchrun, which passes on what a scheduler has sent to all processes already, later ones
-    are ignored.
-    """
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN if parallel.launched() else signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def tell(line: str) -> None:
-    """Print a line above the progress bars; the run goes on if nobody reads its output any more."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -262,7 +210,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         status = 0
-    except Stopped as stop:
+    except parallel.Stopped as stop:
         status = 128 + stop.args[0]
         if parallel.rank() == 0:
             words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
@@ -347,7 +295,7 @@ class Run:
         """A network of this round, trained on the images `indices`; see models.train.
 
         name: "detector", if there is one the network that is queried, or "classifier". One that
-        is in the checkpoint is not trained again. Raises Stopped after an epoch with a signal.
+        is in the checkpoint is not trained again. Raises parallel.Stopped after a signal.
         """
         args = self.args
         queried = name == "detector" or not hasattr(args, "known_T")
@@ -374,7 +322,7 @@ class Run:
             settings["state"] = self.training
         settings |= {"temperature": temperature, "num_centers": self.data.num_known}
         images = self.data.train, self.data.targets, indices
-        with noted_signals() as signals:
+        with parallel.noted_signals() as signals:
             draws = partial(self.generator, name)
             models.train(network, *images, draws, after_epoch=after_epoch, **settings)
             self.training, self.networks[name] = None, network.state_dict()
@@ -539,7 +487,7 @@ class Run:
             write_whole(f"{self.path}.pt", partial(torch.save, state))
             self.saved = time.monotonic()
         if stop:
-            raise Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
+            raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
 
     def _write_log(self) -> None:
         """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,20 @@ from typing import BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 
 class UserError(Exception):
     """Something the user can mend. Its text is told in one line, and the exit status is 2."""
+
+
+def tell(line: str) -> None:
+    """Print a line above the progress bars; the run goes on if nobody reads its output any more."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import contextlib
 import ctypes
 import os
+import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -26,6 +27,36 @@ def launched() -> bool:
     """Whether this is one of several processes that torchrun, or what sets the same, started."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+class Stopped(Exception):
+    """A signal, the argument, has ended the run after an epoch; its checkpoint is written."""
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Inside, the first signal to stop is only noted; a second one ends the process at once.
+
+    Under torchrun, which passes on what a scheduler has sent to all processes already, later ones
+    are ignored.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN if launched() else signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def setup_device(args: Namespace) -> torch.device:
