@@ -1,0 +1,215 @@
+"""The annotator's sheets: what a person has answered, and what the person is asked next.
+
+A folder of images holds labels.csv (the start), perhaps test.csv (the test set), and query_1.csv,
+query_2.csv, ... Each has a column `file`, the path of an image relative to the folder, and a column
+`label`: a class, "unknown", "skip" (never ask again, train on nothing) or empty (not answered).
+Known are the classes of labels.csv. Sheets are read as spreadsheets save them.
+"""
+
+import contextlib
+import csv
+import difflib
+import io
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from .files import UserError, write_whole
+
+UNKNOWN, SKIP = "unknown", "skip"
+
+
+class Sheets(NamedTuple):
+    """What the sheets of a folder say. Files are spelled as in the `images` given to `read`."""
+
+    classes: tuple[str, ...]  # the K known ones, in order of name, as first spelled in labels.csv
+    labels: dict[str, str]  # answered in labels.csv or a query: file -> known class, UNKNOWN, SKIP
+    test: dict[str, str]  # file -> known class
+    queries: list[dict[str, str | None]]  # of query_1.csv on: file -> answer or None, best first
+    taken: frozenset[str]  # never asked: files that are answered or stand in test.csv
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the newest query sheet has no answer at all."""
+        return bool(self.queries) and not any(self.queries[-1].values())
+
+    def precision(self, number: int) -> float | None:
+        """Known / (known + unknown) among the answers in query_<number>.csv; None if there is none.
+
+        "skip" does not count: it does not say whether the image is known.
+        """
+        counted = [x for x in self.queries[number - 1].values() if x not in (None, SKIP)]
+        return sum(x != UNKNOWN for x in counted) / len(counted) if counted else None
+
+
+class _Row(NamedTuple):
+    place: str  # such as "labels.csv, row 2", where row 1 is the header
+    file: str
+    label: str | None
+
+
+def read(folder: Path, images: Collection[str]) -> Sheets:
+    """Read all sheets in `folder`.
+
+    images: the paths of all images below the folder, relative to it, with "/"; broken ones too,
+    because a sheet may name them. The same answer may be given twice. In test.csv only known
+    classes count: an image that is unknown, skipped or without a label there is neither tested
+    on nor asked about.
+    Raises UserError, in one line with sheet and row: a label or an image that does not exist, two
+    different answers, an image of test.csv answered elsewhere, columns or quotes that cannot be
+    understood. Also if a sheet cannot be read, the queries have a gap or labels.csv no class.
+    """
+    alike = defaultdict(list)
+    for image in images:
+        alike[_plain(image)].append(image)
+    sheets = {name: _rows(name, text, alike) for name, text in _texts(folder).items()}
+
+    names = {UNKNOWN: UNKNOWN, SKIP: SKIP}
+    for row in sheets["labels.csv"]:
+        if row.label:
+            names.setdefault(_fold(row.label), row.label)
+    classes = tuple(sorted(set(names.values()) - {UNKNOWN, SKIP}))
+    if not classes:
+        raise UserError("labels.csv has no class: label at least one image")
+
+    sheets = {name: [_with_name(row, names) for row in rows] for name, rows in sheets.items()}
+    tests = sheets.pop("test.csv", [])
+    answers = _answers(chain(*sheets.values()))
+    for row in tests:
+        if row.file in answers:
+            raise UserError(
+                f"{row.place}: {row.file!r} is also in {answers[row.file].place}, but an image "
+                "cannot be both labeled and in the test set"
+            )
+    _, *queries = sheets.values()
+    return Sheets(
+        classes,
+        {file: row.label for file, row in answers.items()},
+        {file: row.label for file, row in _answers(tests).items() if row.label in classes},
+        [
+            {row.file: None for row in rows} | {row.file: row.label for row in rows if row.label}
+            for rows in queries
+        ],
+        frozenset(answers).union(row.file for row in tests),
+    )
+
+
+def write_query(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write a new query sheet. rows: file, predicted class and its probability, best first.
+
+    Raises UserError if the sheet exists, because it may hold answers.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists: a query sheet is never overwritten")
+    table = [(file, predicted, f"{probability:.4f}", "") for file, predicted, probability in rows]
+    _write(path, [("file", "predicted", "probability", "label"), *table])
+
+
+def write_predictions(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write or replace the predictions. rows: file, class, probability."""
+    table = [(file, predicted, f"{probability:.4f}") for file, predicted, probability in rows]
+    _write(path, [("file", "class", "probability"), *table])
+
+
+def _write(path: Path, table: list[tuple[str, ...]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    # Without the byte order mark ("-sig") Excel takes UTF-8 for cp1252.
+    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """Name -> content of labels.csv, the query sheets in order of number, and test.csv."""
+    try:
+        there = os.listdir(folder)
+        matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in there]
+        numbers = sorted(int(match[1]) for match in matches if match)
+        for expected, number in enumerate(numbers, start=1):
+            if number != expected:
+                raise UserError(f"query_{number}.csv is there, but query_{expected}.csv is not")
+        names = ["labels.csv", *(f"query_{number}.csv" for number in numbers)]
+        names += ["test.csv"] if "test.csv" in there else []
+        return {name: _decode(name, (folder / name).read_bytes()) for name in names}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _decode(name: str, content: bytes) -> str:
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    raise UserError(f"{name} is neither UTF-8 nor cp1252: save it as CSV in UTF-8")
+
+
+def _rows(name: str, text: str, alike: dict[str, list[str]]) -> list[_Row]:
+    """The rows of a sheet that name a file, with their labels as written.
+
+    alike: plain name -> the images that have it.
+    """
+    for separator in ",;":
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        header = []
+        with contextlib.suppress(csv.Error):  # the wrong separator may break quoted names
+            header = [_fold(cell) for cell in next(table, [])]
+        if header.count("file") == header.count("label") == 1:
+            break
+    else:
+        raise UserError(
+            f"{name}, row 1: name one column file and one column label, separated by , or ;"
+        )
+    rows, number = [], 1
+    try:
+        for number, cells in enumerate(table, start=2):
+            place = f"{name}, row {number}"
+            cell = dict(zip(header, cells, strict=False))  # a row may end early
+            file, label = cell.get("file", ""), cell.get("label", "").strip()
+            if not file.strip() and not label:
+                continue
+            found = alike.get(_plain(file), [])
+            found = [file] if file in found else found
+            if len(found) != 1:
+                fault = f"may be {' or '.join(map(repr, found))}" if found else "is not there"
+                raise UserError(f"{place}: the image {file!r} {fault}")
+            rows.append(_Row(place, found[0], label))
+    except csv.Error as error:
+        raise UserError(f"{name}, row {number + 1}: quotes are misplaced ({error})") from error
+    return rows
+
+
+def _plain(file: str) -> str:
+    """The form in which paths are compared: Windows writes "\\", macOS another form of Unicode."""
+    return unicodedata.normalize("NFC", file.strip().replace("\\", "/").removeprefix("./"))
+
+
+def _fold(text: str) -> str:
+    """The form in which labels and column names are compared."""
+    return unicodedata.normalize("NFC", text.strip().casefold())
+
+
+def _with_name(row: _Row, names: dict[str, str]) -> _Row:
+    """The row with its label as in `names` (folded -> class, UNKNOWN or SKIP), or None if empty."""
+    folded = _fold(row.label)
+    if folded and folded not in names:
+        [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
+        raise UserError(
+            f"{row.place}: {row.label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
+            f"the nearest is {names[nearest]!r}"
+        )
+    return row._replace(label=names.get(folded))
+
+
+def _answers(rows: Iterable[_Row]) -> dict[str, _Row]:
+    """The first answered row of each file. Raises UserError if a later answer differs."""
+    answers: dict[str, _Row] = {}
+    for row in rows:
+        if row.label and answers.setdefault(row.file, row).label != row.label:
+            first = answers[row.file]
+            raise UserError(
+                f"{row.place}: {row.file!r} is {row.label!r}, but {first.label!r} in {first.place}"
+            )
+    return answers
