@@ -6,6 +6,7 @@ name, which separates the parts of a log's name.
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import augment, cifar, digits, tiny_imagenet
+from . import augment, cifar, digits, folder, tiny_imagenet
 from .augment import Images
 from .files import UserError
 from .sources import Raw
@@ -24,7 +25,7 @@ from .sources import Raw
 class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
-    load: Callable  # data_dir -> sources.Raw
+    load: Callable  # data_dir -> sources.Raw; of a folder also the size of the images
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
     flip: bool  # whether augmentation mirrors images
@@ -56,6 +57,12 @@ DATASETS = {
         dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40)
         | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.02),
     ),
+    "folder": Dataset(
+        folder.load,
+        *(tiny_imagenet.MEAN, tiny_imagenet.STD, True),
+        dict(known_class=None, init_percent=8, query_batch=None, max_epoch=100)
+        | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01),
+    ),
 }
 
 
@@ -82,22 +89,27 @@ def create(
     known_class: int | None = None,
     class_seed: int | None = None,
     known: list[str] | None = None,
+    image_size: int | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
     Known are the classes named by `known`; without it the first `known_class` (None: the default
-    of the data set) in the data set's own order, as published, or after shuffling all classes
-    with class_seed. Raises UserError in one line if the data cannot be had, or if a run lacks
+    of the data set, of a folder half of its classes) in the data set's own order, as published,
+    or after shuffling all classes with class_seed. image_size is that of the images of a folder,
+    64 by default. Raises UserError in one line if the data cannot be had, or if a run would lack
     an unknown class or images of a known one.
     """
     dataset = DATASETS[name]
+    if image_size and name != "folder":
+        raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
     try:
-        raw = dataset.load(Path(data_dir))
+        raw = dataset.load(Path(data_dir), **({"size": image_size} if image_size else {}))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     if known_class is None:
-        known_class = dataset.defaults["known_class"]
+        known_class = dataset.defaults["known_class"] or len(raw.classes) // 2
+    name = folder.log_name(data_dir) if name == "folder" else name
     order, num_known = _order(name, raw.classes, known_class, class_seed, known)
     _check(name, raw, order[:num_known])
 
@@ -111,6 +123,11 @@ def create(
         padding = images.shape[1] // 8  # the published 4 for CIFAR
         return augment.to_device(images, dataset.mean, dataset.std, padding, dataset.flip, device)
 
+    identity = hashlib.sha256(targets.numpy().tobytes() + test_targets.numpy().tobytes())
+    if raw.names:  # another folder may have the same name
+        for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
+            identity.update(content)
+
     return OpenSetData(
         name,
         to_device(raw.train),
@@ -122,7 +139,7 @@ def create(
         num_known,
         dataset.mean,
         dataset.std,
-        hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16],
+        identity.hexdigest()[:16],
     )
 
 

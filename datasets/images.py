@@ -128,7 +128,7 @@ def decode(
 
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads:  # Pillow releases the GIL
         faults = threads.imap(fill, enumerate(files), chunksize=32)
-        bar = tqdm(faults, cache.stem, len(files), unit=" images", disable=None)
+        bar = tqdm(faults, "decoding", len(files), unit=" images", disable=None)
         broken = {name: fault for name, fault in zip(files, bar, strict=True) if fault}
     if broken and not leave_out:
         first = ", ".join(f"{name} ({fault})" for name, fault in list(broken.items())[:10])

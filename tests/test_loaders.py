@@ -19,11 +19,11 @@ import pytest
 import torch
 import torchvision
 import trees
-from PIL import Image
+from PIL import Image, ImageOps
 from trees import ROOT, write_folder, write_zip
 
 import datasets
-from datasets import cifar, digits, tiny_imagenet
+from datasets import cifar, digits, folder, tiny_imagenet
 from datasets.files import UserError, one_at_a_time
 
 # Files left open are told when they are collected.
@@ -112,9 +112,9 @@ def test_nothing_there(tmp_path, name):
 @pytest.mark.parametrize("name", ["cifar10", "TinyImagenet"])
 def test_data_dir_that_can_be_no_folder(tmp_path, name):
     (tmp_path / "file").touch()
-    for folder, fault in (("file", "Not a directory"), ("x" * 300, "File name too long")):
-        with pytest.raises(UserError, match=f"{fault}.*{folder}|{folder}.*{fault}"):
-            create(name, tmp_path / folder)
+    for place, fault in (("file", "Not a directory"), ("x" * 300, "File name too long")):
+        with pytest.raises(UserError, match=f"{fault}.*{place}|{place}.*{fault}"):
+            create(name, tmp_path / place)
 
 
 def test_home_is_looked_up_only_where_it_is_needed(tmp_path, monkeypatch):
@@ -263,8 +263,8 @@ def littered(files):
     """With the files that systems, notebooks and archivers leave."""
     image = next(name for name in files if "/train/" in name and name.endswith(".JPEG"))
     more = {f"{ROOT}/train/Thumbs.db": b"", f"{ROOT}/train/.DS_Store": b""}
-    for folder in (".ipynb_checkpoints", "__MACOSX", image.split("/")[2]):
-        more[f"{ROOT}/train/{folder}/images/._x_0.JPEG"] = b"no image"
+    for part in (".ipynb_checkpoints", "__MACOSX", image.split("/")[2]):
+        more[f"{ROOT}/train/{part}/images/._x_0.JPEG"] = b"no image"
     more[f"{ROOT}/train/.ipynb_checkpoints/images/n_0.JPEG"] = files[image]
     more[f"{ROOT}/val/images/.ipynb_checkpoints/val_0.JPEG"] = files[image]
     more[f"__MACOSX/{image}"] = b"no image"
@@ -474,6 +474,166 @@ def test_no_rights_is_told_as_that(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with pytest.raises(UserError, match="Permission denied"):
         create("TinyImagenet", tmp_path)
+
+
+# A folder of the user's images
+
+
+def twin(content, size):
+    """Upright, in RGB, shorter side resized, centre cropped; by hand."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    width, height = image.size
+    longer = int(size * max(width, height) / min(width, height))
+    image = image.resize((size, longer) if width < height else (longer, size), Image.BILINEAR)
+    at = round((longer - size) / 2)
+    left, top = (0, at) if width < height else (at, 0)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def odd_pictures():
+    """Files of many kinds by name."""
+    rng, turned = np.random.default_rng(2), Image.Exif()
+    turned[0x112] = 6  # a quarter
+    palette = Image.fromarray(rng.integers(256, size=(40, 30, 3), dtype=np.uint8)).quantize(16)
+    palette.save(file := io.BytesIO(), "GIF")
+    return {
+        "train/ant/deep/er/turned.JPG": trees.picture(rng, (50, 20), exif=turned),
+        "train/ant/grey.png": trees.picture(rng, (20, 31), "L", "PNG"),
+        "train/bee/a.webp": trees.picture(rng, (9, 40), kind="WEBP"),
+        "train/bee/b.tiff": trees.picture(rng, (8, 8), kind="TIFF"),
+        "train/cat, wild/palette.gif": file.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_folder(tmp_path, part, capfd):
+    files = odd_pictures()
+    files |= {name.replace("train", part): content for name, content in files.items()}
+    others = ["train/notes.txt", "train/bee/labels.csv", ".hidden/x.png", "train/bee/._a.webp"]
+    write_folder(tmp_path / "linked", {n: files[n] for n in files if n.startswith("train/bee")})
+    write_folder(tmp_path / "data", without(files, "train/bee/a.webp", "train/bee/b.tiff"))
+    write_folder(tmp_path / "data", dict.fromkeys(others, b"no image"))
+    (tmp_path / "data" / "train" / "bee2").symlink_to(tmp_path / "linked" / "train" / "bee")
+    shutil.rmtree(tmp_path / "data" / "train" / "bee")
+    (tmp_path / "data" / "train" / "bee2").rename(tmp_path / "data" / "train" / "bee")
+    raw = folder.load(tmp_path / "data", size=16)
+    train = [twin(files[name], 16) for name in sorted(files) if name.startswith("train/")]
+    test = [twin(files[name], 16) for name in sorted(files) if name.startswith(f"{part}/")]
+    labels = [0, 0, 1, 1, 2]
+    check_arrays(raw, [np.stack(train), labels, np.stack(test), labels])
+    assert raw.classes == ("ant", "bee", "cat, wild")
+    assert "1 files" in capfd.readouterr().err
+    again = folder.load(tmp_path / "data", size=16)
+    check_arrays(again, raw[:4])
+    assert isinstance(again.train, np.memmap)
+    assert folder.load(tmp_path / "data", size=8).train.shape == (5, 8, 8, 3)
+
+
+def test_folder_with_broken_images(tmp_path):
+    """They are refused by name; whoever wants the others gets them."""
+    broken = {f"train/ant/x{number}.png": b"no image" for number in range(12)}
+    files = trees.class_folders()
+    write_folder(tmp_path, files | broken)
+    check_fails("folder", tmp_path, "12 of 36", *sorted(broken)[:10])
+    found = folder.list_images(tmp_path)
+    assert list(found) == sorted(files | broken)
+    for _ in range(2):
+        decoded = folder.read(tmp_path, found, 16, leave_out=True)
+        assert decoded.broken.keys() == broken.keys()
+        np.testing.assert_array_equal(decoded.pixels, [twin(files[n], 16) for n in sorted(files)])
+
+
+@pytest.mark.parametrize("name, logged", {"a_b c": "a-b-c", "my.cats-2": "my.cats-2"}.items())
+def test_folder_name_in_a_log(tmp_path, monkeypatch, name, logged):
+    write_folder(tmp_path / name, trees.class_folders())
+    monkeypatch.chdir(tmp_path / name)
+    assert create("folder", ".").name == create("folder", f"{tmp_path / name}/").name == logged
+
+
+def test_folder_identity(tmp_path):
+    """Other images, names, labels or known classes: another identity; another place: the same."""
+    files = trees.class_folders()
+    other = dict(zip(files, reversed(files.values()), strict=True))
+    moved = {name.replace("train/ant/4", "train/bee/9"): files[name] for name in files}
+    identities = [
+        create("folder", write_folder(tmp_path / str(place) / "pets", content)).identity
+        for place, content in enumerate((files, files, other, moved))
+    ]
+    identities.append(create("folder", tmp_path / "0" / "pets", known=["bee"]).identity)
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 4
+
+
+# What a run needs
+
+
+def test_known_classes(tmp_path):
+    write_folder(tmp_path, trees.class_folders(("ant", "bee", "cat", "dog", "eel"), train=2))
+    for options, classes, num_known in (
+        ({}, "ant bee cat dog eel", 2),
+        ({"known": ["dog", "bee"]}, "bee dog ant cat eel", 2),
+        ({"known_class": 3, "class_seed": 1}, None, 3),
+    ):
+        data = create("folder", tmp_path, **options)
+        if classes is None:
+            order = np.random.default_rng(1).permutation(5)
+            classes = " ".join(np.array("ant bee cat dog eel".split())[order])
+        assert data.classes == tuple(classes.split())
+        assert data.num_known == num_known
+        expected = [data.classes.index(name) for name in sorted(classes.split()) for _ in range(2)]
+        assert data.targets.tolist() == [min(label, num_known) for label in expected]
+        assert data.known.tolist() == [label < num_known for label in expected]
+        assert data.test.count == len(data.test_targets) == 3 * num_known
+        assert data.train.padding == 8 and data.train.height == 64
+
+
+ONE = trees.class_folders(("ant",))
+TWO = trees.class_folders(("ant", "bee"))
+NEEDS = {
+    "more known than there are": (
+        "TinyImagenet",
+        {"known_class": 20},
+        trees.tiny_imagenet(10),
+        ["10 classes"],
+    ),
+    "nothing unknown": (
+        "TinyImagenet",
+        {"known_class": 3},
+        trees.tiny_imagenet(),
+        ["choose 1 to 2"],
+    ),
+    "no test image of a known class": (
+        "TinyImagenet",
+        {"known_class": 3},
+        trees.tiny_imagenet(4, val=2),
+        ["test", "n00000020"],
+    ),
+    "one class": ("folder", {}, ONE, ["1 classes"]),
+    "no training image of a known class": (
+        "folder",
+        {"known": ["cat"]},
+        TWO | {"test/cat/0.png": ONE["test/ant/0.png"]},
+        ["training", "cat"],
+    ),
+    "no unknown training image": (
+        "folder",
+        {"known_class": 1},
+        ONE | {"test/bee/0.png": ONE["test/ant/0.png"]},
+        ["unknown"],
+    ),
+    "no such class": ("folder", {"known": ["bees"]}, TWO, ["bees", "bee?"]),
+    "all known by name": ("folder", {"known": ["bee", "ant"]}, TWO, ["2 classes"]),
+    "no train/": ("folder", {}, {"ant/0.png": ONE["test/ant/0.png"]}, ["train/CLASS/"]),
+    "nothing": ("folder", {}, {}, ["train/CLASS/"]),
+}
+
+
+@pytest.mark.parametrize("name, options, files, parts", NEEDS.values(), ids=NEEDS)
+def test_what_a_run_needs(tmp_path, name, options, files, parts):
+    write_folder(tmp_path, files)
+    with pytest.raises(UserError) as caught:
+        create(name, tmp_path, **options)
+    assert all(part in str(caught.value) for part in parts)
 
 
 # Digits

@@ -1,0 +1,94 @@
+"""A folder of the user's own images, whose classes are folders: the oracle knows all labels.
+
+DIR/train/CLASS/... are the training images, DIR/test/CLASS/... (or DIR/val/CLASS/...) the test
+images, at any depth below CLASS.
+"""
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torchvision.transforms import functional
+
+from . import images
+from .files import UserError, one_at_a_time
+from .sources import Raw, expand, note
+
+
+def load(data_dir: Path, size: int = 64) -> Raw:
+    """Training and test images of size x size pixels, each in the order of their names.
+
+    Classes are ordered by name; a class may lack training or test images. Raises UserError if
+    there are no images or broken ones, and OSError.
+    """
+    data_dir = expand(data_dir)
+    files = list_images(data_dir)
+    parts = {
+        part: [name for name in files if name.startswith(f"{part}/") and name.count("/") > 1]
+        for part in ("train", "test", "val")
+    }
+    train, test = parts["train"], parts["test"] or parts["val"]
+    if not train or not test:
+        raise UserError(
+            f"{data_dir} has {len(train)} training and {len(test)} test images: expected are "
+            "images in train/CLASS/ and in test/CLASS/ or val/CLASS/"
+        )
+    if others := len(files) - len(train) - len(test):
+        note(f"{others} images in {data_dir} are in no train/CLASS/ or test/CLASS/: ignored")
+    names = train + test
+    pixels = read(data_dir, {name: files[name] for name in names}, size).pixels
+    classes = sorted({name.split("/")[1] for name in names})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[name.split("/")[1]] for name in names], np.int64)
+    count = len(train)
+    halves = pixels[:count], labels[:count], pixels[count:], labels[count:]
+    return Raw(*halves, tuple(classes), tuple(names))
+
+
+def list_images(data_dir: Path) -> dict[str, int]:
+    """Image files below data_dir, by name: relative, with "/" -> bytes. Hidden ones are left out.
+
+    Other files are ignored, and counted in a note. Raises OSError.
+    """
+    found = images.walk(data_dir)
+    names = sorted(images.pictures(found))
+    if len(names) < len(found):
+        note(f"{len(found) - len(names)} files in {data_dir} are no images: ignored")
+    return {name: found[name] for name in names}
+
+
+def read(
+    data_dir: Path, files: dict[str, int], size: int, leave_out: bool = False
+) -> images.Decoded:
+    """Decode files of `list_images`, or map what an earlier start has made of the same files.
+
+    Raises UserError that names broken images; with leave_out, returns all but those.
+    """
+    cache = data_dir / f".lfosa-cache-{size}.npy"
+    with one_at_a_time(data_dir / ".lfosa-cache.lock"):
+        return images.cached(cache, size, files) or images.decode(
+            cache,
+            files,
+            lambda name: (data_dir / name).read_bytes(),
+            partial(_fit, size=size),
+            size,
+            leave_out=leave_out,
+        )
+
+
+def log_name(data_dir: str) -> str:
+    """The folder's own name, with "-" for all but letters, digits, "." and "-"."""
+    name = os.path.basename(os.path.abspath(expand(data_dir)))
+    return re.sub(r"[^\w.-]|_", "-", name) or "folder"
+
+
+def _fit(image, size: int):
+    """The PIL image upright, in RGB, its shorter side resized to `size`, and centre cropped."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's conversion would make nearly everything white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return functional.center_crop(functional.resize(image.convert("RGB"), size), size)
