@@ -10,18 +10,42 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import av_based, av_temperature, bald, kmeans, random_sampling, uncertainty
-from .outputs import Diverged, PoolOutputs
+from . import (
+    av_based,
+    av_temperature,
+    av_uncertainty,
+    badge,
+    bald,
+    certainty,
+    coreset,
+    kmeans,
+    margin,
+    max_av,
+    openmax,
+    random_sampling,
+    uncertainty,
+)
+from .outputs import PoolOutputs
 
 # What --query-strategy offers, in both scripts; NEEDS_DETECTOR = True in a module keeps it to
 # AL_center_temperature.py.
 STRATEGIES: dict[str, ModuleType] = {
+    # The lines of the paper's figures: LfOSA and what it is compared with.
+    "AV_temperature": av_temperature,
     "random": random_sampling,
     "uncertainty": uncertainty,
-    "AV_based": av_based,
-    "AV_temperature": av_temperature,
-    "KMeans": kmeans,
+    "certainty": certainty,
+    "Coreset": coreset,
     "BALD": bald,
+    "OpenMax": openmax,
+    # Further ones in the code that the paper's authors released.
+    "AV_based": av_based,
+    "AV_uncertainty": av_uncertainty,
+    "Max_AV": max_av,
+    # Further ones that later papers compare with.
+    "margin": margin,
+    "BADGE": badge,
+    "KMeans": kmeans,
 }
 
 
@@ -33,12 +57,9 @@ def needs_detector(name: str) -> bool:
 def select(name: str, outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions in the pool that strategy `name` queries: (min(count, n),) int64, on the CPU.
 
-    Distinct, in 0..n-1, best first; draws only from `generator`, a CPU one. A pool smaller than
-    `count` is queried whole. Raises Diverged where an output the strategy reads is not finite.
+    Distinct, in 0..n-1, in order of choice; draws only from `generator`, a CPU one. A pool smaller
+    than `count` is queried whole. The outputs must be finite.
     """
-    for field in STRATEGIES[name].READS:
-        if not torch.isfinite(getattr(outputs, field)).all():
-            raise Diverged(f"the pool's {field} are not finite: lower --lr-model")
     if outputs.size <= count:
         return torch.arange(outputs.size)
     return STRATEGIES[name].query(outputs, count, generator).cpu()

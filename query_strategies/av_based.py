@@ -26,19 +26,20 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
     Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
     """
-    return top_k(known_probability(outputs.logits, generator), count, generator)
+    mav = outputs.logits.amax(1)
+    return top_k(upper_posterior(mav, outputs.logits, generator), count, generator)
 
 
-def known_probability(logits: Tensor, generator: torch.Generator) -> Tensor:
+def upper_posterior(values: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
     """Posterior of the component with the larger mean, (n,) float64; else NO_CANDIDATE.
 
-    logits: (n, C).
+    values: (n,), which the mixtures are fitted to; logits: (n, C), for the predicted classes.
     """
-    mav, prediction = logits.max(1)
+    prediction = logits.argmax(1)
     # Grouped by one stable sort: each class is a run of `by_class`, in pool order.
     by_class = torch.argsort(prediction, stable=True)
     sizes = torch.bincount(prediction, minlength=logits.shape[1]).tolist()
-    values = mav[by_class].double().cpu().numpy()
+    values = values[by_class].double().cpu().numpy()
     seeds = torch.randint(2**31, (len(sizes),), generator=generator).tolist()
     probability = np.full(len(values), NO_CANDIDATE)
     end = 0
@@ -46,13 +47,13 @@ def known_probability(logits: Tensor, generator: torch.Generator) -> Tensor:
         for size, seed in zip(sizes, seeds, strict=True):
             begin, end = end, end + size
             if size >= 2:
-                probability[begin:end] = _upper_posterior(values[begin:end], seed)
+                probability[begin:end] = _of_one_class(values[begin:end], seed)
     scores = torch.empty(len(values), dtype=torch.float64, device=logits.device)
     return scores.index_copy_(0, by_class, torch.from_numpy(probability).to(logits.device))
 
 
-def _upper_posterior(values: np.ndarray, seed: int) -> np.ndarray:
-    """Posterior of the upper of two Gaussian components on max activation values (m,)."""
+def _of_one_class(values: np.ndarray, seed: int) -> np.ndarray:
+    """Posterior of the upper of two Gaussian components fitted to `values`: (m,) -> (m,)."""
     mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are the protocol

@@ -1,16 +1,16 @@
 """AV_temperature: LfOSA (Ning et al., CVPR 2022), AV_based on the detector.
 
-The detector's last class stands for the unknown: images predicted as it get probability 0.
+The detector's class K stands for the unknown: images predicted as it get probability 0.
 """
 
 import torch
 from torch import Tensor
 
-from .av_based import known_probability
+from .av_based import upper_posterior
 from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
-NEEDS_DETECTOR = True  # only where the last logit is the unknown class
+NEEDS_DETECTOR = True  # logits without class K would mean nothing here
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
@@ -18,6 +18,6 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
     Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
     """
-    unknown = outputs.logits.argmax(1) == outputs.logits.shape[1] - 1
-    probability = known_probability(outputs.logits, generator)
+    unknown = outputs.logits.argmax(1) == outputs.num_known
+    probability = upper_posterior(outputs.logits.amax(1), outputs.logits, generator)
     return top_k(probability.masked_fill(unknown, 0), count, generator)

@@ -1,26 +1,28 @@
-"""What a strategy sees of the pool, and how all of them take the best images."""
+"""What a strategy sees, and how it takes the best images."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Diverged(ValueError):
-    """A loss or an output is no longer a finite number; one line for the user."""
+CHUNK = 1 << 16  # pool images at a time, so that a million need no gigabytes of temporaries
 
 
 class PoolOutputs(NamedTuple):
-    """The querying network's outputs on n pool images, row i for pool position i.
+    """The querying network's outputs; row i of the pool's fields is pool position i.
 
-    A field that the strategy does not list in its READS is None.
+    A field that the strategy does not list in its READS is None. The labeled images are the known
+    ones, without the invalid ones; like the pool's, their outputs are without augmentation.
     """
 
     size: int  # n, the number of images in the pool
-    num_known: int = 0  # K
-    features: Tensor | None = None  # (n, F) float32, what goes into the last linear layer
-    logits: Tensor | None = None  # (n, C) float32; in LfOSA the detector's, C = K + 1
+    num_known: int  # K; the logits have K columns, or K + 1 if the network is LfOSA's detector
+    features: Tensor | None = None  # (n, F) float32, the input of the last linear layer
+    logits: Tensor | None = None  # (n, C) float32
     mc_logits: Tensor | None = None  # (S, n, C) float32, logits under S dropout masks
+    labeled_features: Tensor | None = None  # (m, F) float32
+    labeled_logits: Tensor | None = None  # (m, C) float32
+    labeled_targets: Tensor | None = None  # (m,) int64, 0..K-1
 
 
 def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -30,3 +32,8 @@ def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """
     order = torch.randperm(len(score), generator=generator).to(score.device)
     return order[torch.sort(score[order], descending=True, stable=True).indices[:count]]
+
+
+def distance_to(rows: Tensor, i: int) -> Tensor:
+    """Euclidean distance of each row to row i: (n, F) -> (n,); exactly 0 for rows equal to it."""
+    return torch.cdist(rows, rows[i : i + 1], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]

@@ -4,14 +4,20 @@
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, top_k
+from .outputs import CHUNK, PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    logits = outputs.logits.double()
-    log_probability = logits.log_softmax(1)
-    entropy = -(log_probability.exp() * log_probability).sum(1)
-    return top_k(entropy, count, generator)
+    return top_k(entropy(outputs.logits), count, generator)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats: (n, C) -> (n,) float64; float32 underflows to NaN."""
+    parts = []
+    for part in logits.split(CHUNK):
+        log_probability = part.double().log_softmax(1)
+        parts.append(-(log_probability.exp() * log_probability).sum(1))
+    return torch.cat(parts)

@@ -1,0 +1,29 @@
+"""Coreset: k-center greedy on the features (Sener and Savarese, "Active Learning for Convolutional
+Neural Networks: A Core-Set Approach", ICLR 2018, algorithm 1)."""
+
+import torch
+from torch import Tensor
+
+from .outputs import PoolOutputs, distance_to, top_k
+
+READS = ("features", "labeled_features")  # fields of PoolOutputs
+
+START_CHUNK = 1 << 11  # pool images at a time, each with its distances to all labeled ones
+
+
+def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of `count` pool images, (count,) int64, in order of choice; count <= outputs.size.
+
+    The centres at the start are the labeled images. Again and again the pool image farthest from
+    its nearest centre becomes one.
+    """
+    # Many to many, distances are matrix products: fast, but only float64 tells near images apart.
+    labeled = outputs.labeled_features.double()
+    parts = outputs.features.split(START_CHUNK)
+    nearest = torch.cat([torch.cdist(part.double(), labeled).amin(1).float() for part in parts])
+    chosen = []
+    for _ in range(count):
+        chosen.append(int(top_k(nearest, 1, generator)))
+        nearest = torch.minimum(nearest, distance_to(outputs.features, chosen[-1]))
+        nearest[chosen[-1]] = -1  # below every distance: no image is chosen twice
+    return torch.tensor(chosen)
