@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -29,6 +30,7 @@ import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
 from datasets.files import UserError, check_space, load_checkpoint, lock, tell, told, write_whole
+from datasets.sheets import write_predictions, write_query
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
 
@@ -60,6 +62,11 @@ def spelled(names: Iterable[str]) -> Callable[[str], str]:
     """argparse type: the spelling in `names` of a text in any case."""
     by_lower = {name.lower(): name for name in names}
     return lambda text: by_lower.get(text.lower(), text)
+
+
+def names(text: str) -> list[str]:
+    """argparse type: names of classes, separated by commas."""
+    return text.split(",")
 
 
 def devices(text: str) -> list[int]:
@@ -114,6 +121,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--max-query", COUNT, 10, "N", "rounds")
     add(group, "--seed", SIZE, 1, "N", "of every random draw")
     add(group, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
+    add(group, "--known", names, None, "A,B", "names of the known classes instead")
+    add(group, "--image-size", COUNT, None, "N", "pixels of the images of a folder (default: 64)")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
     group = parser.add_argument_group("network and training")
@@ -156,7 +165,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
 def _settings(args: Namespace, parser: Parser) -> str:
     """Flags that change the experiment and are not in the published name: '__flag-value_...'."""
     keys = ["class_seed", "max_epoch", "feat_dim", "batch_size", "lr_model", "stepsize", "gamma"]
-    keys += ["weight_cent", "drop_unknown", "augment_pool", "amp"]
+    keys += ["weight_cent", "drop_unknown", "augment_pool", "amp", "known", "image_size"]
     if args.weight_cent > 0:
         keys.append("lr_cent")
     if "mc_logits" in STRATEGIES[args.query_strategy].READS:
@@ -169,13 +178,18 @@ def _settings(args: Namespace, parser: Parser) -> str:
 
 
 def _show(value: object) -> str:
+    if isinstance(value, list):
+        return re.sub(r"[^a-zA-Z0-9.,+-]", "-", ",".join(value))
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def run_name(args: Namespace, dataset: str) -> str:
-    """The published name of a run's log, without '.pkl', and `settings` at its end."""
-    name = f"{args.model}_{dataset}_known{args.known_class}_init{_show(args.init_percent)}"
-    name += f"_batch{args.query_batch}_seed{args.seed}_{args.query_strategy}"
+def run_name(args: Namespace, data: str, annotated: bool = False) -> str:
+    """The published name of a run's log, without '.pkl', and `settings` at its end.
+
+    data: the name of the data set. With an annotator there is no K, init and batch in it.
+    """
+    start = f"_known{args.known_class}_init{_show(args.init_percent)}_batch{args.query_batch}"
+    name = f"{args.model}_{data}{'' if annotated else start}_seed{args.seed}_{args.query_strategy}"
     if hasattr(args, "known_T"):
         name = f"temperature_{name}_unknown_T{args.unknown_T}_known_T{args.known_T}"
         name += f"_modelB_T{args.modelB_T}"
@@ -235,10 +249,11 @@ def run_script(main: Callable[[], None]) -> None:
 # ---- the run ------------------------------------------------------------------------------------
 
 FORMAT = 2  # of the checkpoint; version 1 had other rules for ties and repeated queries
-STATE = ("experiment", "round", "log", "queries", "networks", "training")
+STATE = ("experiment", "answers", "round", "log", "queries", "networks", "training")
 # Arguments that may change between a run and its resumption: none changes a result.
 FREE = {"gpu", "data_dir", "save_dir", "max_query", "resume", "overwrite", "no_tensorboard"}
 FREE |= {"checkpoint_seconds", "save_model", "use_cpu"}
+SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
 
 
@@ -246,7 +261,8 @@ def start(description: str, detector: bool) -> "Run":
     """Parse the command line, read the data, and begin a run or go on from its checkpoint."""
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
-    wanted = args.dataset, args.data_dir, device, args.known_class, args.class_seed
+    which = args.known_class, args.class_seed, args.known, args.image_size
+    wanted = args.dataset, args.data_dir, device, *which
     return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
 
 
@@ -260,31 +276,54 @@ class Run:
     def __init__(self, args: Namespace, device: torch.device, data: OpenSetData) -> None:
         self.args, self.device, self.data = args, device, data
         self.reads = STRATEGIES[args.query_strategy].READS
-        draws = generator(args.seed, "split")
-        self.split = open_set.initial_split(data.known, args.init_percent, draws)
+        if data.sheets is None:
+            draws = generator(args.seed, "split")
+            self.split = open_set.initial_split(data.known, args.init_percent, draws)
+        else:
+            given = {word.partition("=")[0] for word in sys.argv}
+            if useless := given & {
+                "--init-percent",
+                "--known-class",
+                "--max-query",
+                "--drop-unknown",
+            }:
+                raise UserError(f"{min(useless)}: labels.csv is there, and the sheets decide this")
+            self.split, args.resume = data.split, not args.overwrite
+        args.known_class = data.num_known
+        batch = 50 if data.sheets else max(1, len(self.split.pool) // 20)
+        args.query_batch = args.query_batch or batch
         self.round = 0  # rounds done
         self.log: dict[str, dict] = {"Acc": {}, "Err": {}, "Precision": {}, "Recall": {}}
         self.queries: list[Tensor] = []  # per round, indices into the training images
         self.networks: dict[str, dict] = {}  # trained in this round: name -> weights
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
-        self.path = Path(args.save_dir).expanduser() / run_name(args, data.name)
+        name = run_name(args, data.name, annotated=data.sheets is not None)
+        self.path = Path(args.save_dir).expanduser() / name
         self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.experiment["data"] = data.identity
+        self.answers = data.answers
         if state := parallel.from_rank0(self._open):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
+        if data.sheets:
+            self._take_answers()
         self.text = self.events = None
         if parallel.rank() == 0:
             self._begin()
 
     def rounds(self) -> Iterator[open_set.Split]:
         """Yield who is labeled, invalid and in the pool, as long as there is a round to do."""
+        if self.data.sheets and self.data.sheets.waiting:
+            self.say(f"query_{self.round}.csv has no answer yet: fill in its column label")
+            return
         while self.round < self.args.max_query and len(self.split.pool):
             self.began = time.monotonic()
             yield self.split
+            if self.data.sheets:
+                return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
         self.say(f"to draw it: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
@@ -332,6 +371,8 @@ class Run:
     def evaluate(self, network: models.ResNet) -> float:
         """Accuracy on the test images of the known classes, in percent."""
         test = self.data.test, self.data.test_targets
+        if not len(test[1]):  # an annotator may do without
+            return math.nan
         return models.evaluate(network, *test, **self._prediction())
 
     def predict(self, network: models.ResNet, split: open_set.Split) -> PoolOutputs:
@@ -366,6 +407,9 @@ class Run:
 
         accuracy: in percent. queried: indices into the training images, in order of the query.
         """
+        if self.data.sheets:
+            self._ask(accuracy, queried)
+            return
         known, split, done = self.data.known, self.split, self.round
         precision = open_set.precision(queried, known)
         recall = open_set.recall(split, queried, known)
@@ -384,15 +428,55 @@ class Run:
             *measures,
             f"{time.monotonic() - self.began:.1f}",
         )
-        if self.args.save_model and parallel.rank() == 0:
-            content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
-            content |= {"mean": self.data.mean, "std": self.data.std, **self.networks}
-            write_whole(f"{self.path}.model.pt", partial(torch.save, content))
+        if self.args.save_model:
+            self._save_model()
         self.split = open_set.update(split, queried, known, self.args.drop_unknown)
         self.queries.append(queried)
         self.round, self.networks, self.training = done + 1, {}, None
         self.save()  # last: after a kill in between the round is told again, but never lost
         self._write_log()
+
+    def _take_answers(self) -> None:
+        """Begin the round after the annotator's newest query sheet, or go on with it."""
+        sheets, self.split = self.data.sheets, self.data.split
+        self.round = len(sheets.queries)
+        if self.answers != self.data.answers:
+            self.answers, self.networks, self.training = self.data.answers, {}, None
+            tell("the answers have changed: the networks are trained anew")
+        found = {q: sheets.precision(q + 1) for q in range(self.round)}
+        self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
+
+    def _ask(self, accuracy: float, queried: Tensor) -> None:
+        """End a round in which a person is the oracle: write predictions and the query sheet."""
+        data, pool, done = self.data, self.split.pool, self.round
+        classifier = self.train("classifier", data.num_known, self.split.labeled)  # trained before
+        logits = models.predict(classifier, data.train, pool, **self._prediction())["logits"]
+        if parallel.rank() > 0:
+            return
+        probabilities, classes = logits.double().softmax(1).max(1)
+        rows = {
+            i: (data.names[i], data.classes[c], p)
+            for i, c, p in zip(pool.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+        }
+        per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
+        counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=False))
+        self.say(f"labeled: {', '.join(counts)}")
+        if len(data.test_targets):
+            self.log["Acc"][done], self.log["Err"][done] = accuracy, 100 - accuracy
+        precision = self.log["Precision"].get(done - 1)  # of the newest answers
+        measures = [f"{accuracy:.2f}" if len(data.test_targets) else "-"]
+        measures += ["-" if precision is None else f"{precision:.3f}", "-"]
+        sizes = (f"{len(indices):,}" for indices in self.split)
+        self.say(done, *sizes, *measures, f"{time.monotonic() - self.began:.1f}")
+        if self.args.save_model:
+            self._save_model()
+        self.queries = [*self.queries[:done], queried]
+        self.save()
+        self._write_log()
+        write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
+        sheet = Path(data.identity) / f"query_{done + 1}.csv"
+        self.say(f"fill in the column label of {sheet}, then start the same command again")
+        write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""
@@ -470,13 +554,13 @@ class Run:
         self._record("text", "header", header)
         self._note(header)
         labeled, _, pool = self.split
-        unknown = len(data.classes) - data.num_known
+        unknown = "some" if data.sheets else len(data.classes) - data.num_known
         classes = f"{data.name}: {data.num_known} known and {unknown} unknown classes"
         self.say(f"{classes}, {len(labeled):,} images labeled, {len(pool):,} in the pool")
         features = f"{args.feat_dim or 'plain'} features"
         training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
         self.say(f"{training}, {where}")
-        self.say(f"{path}.pkl: {self.round} of {args.max_query} rounds done")
+        self.say(f"{path}.pkl: {self.round} rounds done")
         self.say(*COLUMNS)
 
     def save(self, signals: Sequence[int] = (), stop: bool = False) -> None:
@@ -488,6 +572,13 @@ class Run:
             self.saved = time.monotonic()
         if stop:
             raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
+
+    def _save_model(self) -> None:
+        """Write this round's networks to NAME.model.pt, with what applying them takes (rank 0)."""
+        if parallel.rank() == 0:
+            content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
+            content |= {"mean": self.data.mean, "std": self.data.std, **self.networks}
+            write_whole(f"{self.path}.model.pt", partial(torch.save, content))
 
     def _write_log(self) -> None:
         """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""

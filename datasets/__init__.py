@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import augment, cifar, digits, folder, tiny_imagenet
+from . import annotator, augment, cifar, digits, folder, tiny_imagenet
 from .augment import Images
 from .files import UserError
+from .open_set import Split
+from .sheets import Sheets
 from .sources import Raw
 
 
@@ -79,7 +81,11 @@ class OpenSetData(NamedTuple):
     num_known: int  # K
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
-    identity: str  # 16 hex digits that tell it from other data of the same name
+    identity: str  # 16 hex digits, or a path, that tell it from other data of the same name
+    names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
+    sheets: Sheets | None = None  # what a person has answered, if one is the oracle
+    split: Split | None = None  # who is labeled, invalid and in the pool by these answers
+    answers: str = ""  # hex digits that change with the answers or the pool
 
 
 def create(
@@ -103,6 +109,8 @@ def create(
     if image_size and name != "folder":
         raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
     try:
+        if name == "folder" and annotator.is_annotated(data_dir):
+            return _annotated(dataset, data_dir, image_size or 64, device)
         raw = dataset.load(Path(data_dir), **({"size": image_size} if image_size else {}))
     except OSError as error:
         reason = error.strerror or error
@@ -117,30 +125,45 @@ def create(
     place[order] = np.arange(len(order))
     targets = torch.from_numpy(place[raw.train_labels]).clamp(max=num_known)
     test_targets = torch.from_numpy(place[raw.test_labels])
-    test_known = test_targets < num_known
-
-    def to_device(images: np.ndarray) -> Images:
-        padding = images.shape[1] // 8  # the published 4 for CIFAR
-        return augment.to_device(images, dataset.mean, dataset.std, padding, dataset.flip, device)
-
     identity = hashlib.sha256(targets.numpy().tobytes() + test_targets.numpy().tobytes())
     if raw.names:  # another folder may have the same name
         for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
             identity.update(content)
+    tested = test_targets < num_known
+    raw = raw._replace(test=raw.test[tested.numpy()], classes=tuple(np.array(raw.classes)[order]))
+    targets = targets, test_targets[tested]
+    return _open_set(dataset, name, raw, targets, num_known, device, identity.hexdigest()[:16])
 
-    return OpenSetData(
-        name,
-        to_device(raw.train),
-        targets.to(device),
-        targets < num_known,
-        to_device(raw.test[test_known.numpy()]),
-        test_targets[test_known].to(device),
-        tuple(raw.classes[label] for label in order),
-        num_known,
-        dataset.mean,
-        dataset.std,
-        identity.hexdigest()[:16],
-    )
+
+def _annotated(dataset: Dataset, data_dir: str, size: int, device: torch.device) -> OpenSetData:
+    """The images of a folder, with what a person has answered."""
+    raw, said, split = annotator.load(data_dir, size)
+    targets = torch.from_numpy(raw.train_labels), torch.from_numpy(raw.test_labels)
+    place = os.path.abspath(os.path.expanduser(data_dir))
+    name, K = folder.log_name(data_dir), len(raw.classes)
+    data = _open_set(dataset, name, raw, targets, K, device, place)
+    content = repr((raw.names, said.classes, said.labels, said.test, split.pool.tolist()))
+    answers = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
+    return data._replace(names=raw.names, sheets=said, split=split, answers=answers)
+
+
+def _open_set(
+    dataset: Dataset,
+    name: str,
+    raw: Raw,
+    targets: tuple[Tensor, Tensor],
+    num_known: int,
+    device: torch.device,
+    identity: str,
+) -> OpenSetData:
+    """Put images and targets, of the training and of the test images, on the device."""
+    padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
+    style = dataset.mean, dataset.std, padding, dataset.flip, device
+    train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
+    targets, test_targets = (labels.to(device) for labels in targets)
+    known = targets.cpu() < num_known
+    sets = train, targets, known, test, test_targets
+    return OpenSetData(name, *sets, raw.classes, num_known, dataset.mean, dataset.std, identity)
 
 
 def _order(

@@ -54,8 +54,9 @@ def list_images(data_dir: Path) -> dict[str, int]:
     """
     found = images.walk(data_dir)
     names = sorted(images.pictures(found))
-    if len(names) < len(found):
-        note(f"{len(found) - len(names)} files in {data_dir} are no images: ignored")
+    others = sum(not name.endswith(".csv") for name in found) - len(names)  # sheets are read
+    if others:
+        note(f"{others} files in {data_dir} are no images: ignored")
     return {name: found[name] for name in names}
 
 

@@ -1,0 +1,49 @@
+"""A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
+
+import numpy as np
+import torch
+
+from . import folder, sheets
+from .files import UserError
+from .open_set import Split
+from .sources import Raw, expand, note
+
+
+def is_annotated(data_dir: str) -> bool:
+    """Whether the folder is an annotator's: whether it has labels.csv."""
+    return (expand(data_dir) / "labels.csv").is_file()
+
+
+def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split]:
+    """All images below data_dir as training images, those of test.csv as test images, both sorted.
+
+    Labels of training images that are of no known class are K. Broken images are left out, and
+    named in a note. Raises UserError if a sheet cannot be used or no labeled image can be read.
+    """
+    path = expand(data_dir)
+    files = folder.list_images(path)
+    said = sheets.read(path, files)
+    decoded = folder.read(path, files, size, leave_out=True)
+    for name, fault in decoded.broken.items():
+        note(f"{name} is broken ({fault}): left out")
+    names = [name for name in files if name not in decoded.broken]
+    position = {name: i for i, name in enumerate(names)}
+    number = {name: label for label, name in enumerate(said.classes)}
+    K = len(number)
+    labels = np.array([number.get(said.labels.get(name), K) for name in names], np.int64)
+    test = [name for name in names if name in said.test]
+    # In order of the answers, as in a simulation.
+    invalid = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
+    split = Split(
+        torch.from_numpy(np.flatnonzero(labels < K)),
+        torch.tensor([position[name] for name in invalid if name in position], dtype=torch.int64),
+        torch.tensor(
+            [position[name] for name in names if name not in said.taken], dtype=torch.int64
+        ),
+    )
+    if not len(split.labeled):
+        raise UserError(f"no image that labels.csv gives a class to can be read in {path}")
+    test_pixels = decoded.pixels[[position[name] for name in test]]
+    test_labels = np.array([number[said.test[name]] for name in test], np.int64)
+    raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes, tuple(names))
+    return raw, said, split
