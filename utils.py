@@ -64,11 +64,6 @@ def spelled(names: Iterable[str]) -> Callable[[str], str]:
     return lambda text: by_lower.get(text.lower(), text)
 
 
-def names(text: str) -> list[str]:
-    """argparse type: names of classes, separated by commas."""
-    return text.split(",")
-
-
 def devices(text: str) -> list[int]:
     """argparse type: numbers of CUDA devices, separated by commas."""
     return [int(part) for part in text.split(",")]
@@ -121,7 +116,14 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--max-query", COUNT, 10, "N", "rounds")
     add(group, "--seed", SIZE, 1, "N", "of every random draw")
     add(group, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
-    add(group, "--known", names, None, "A,B", "names of the known classes instead")
+    add(
+        group,
+        "--known",
+        lambda text: text.split(","),
+        None,
+        "A,B",
+        "names of the known classes instead",
+    )
     add(group, "--image-size", COUNT, None, "N", "pixels of the images of a folder (default: 64)")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
@@ -183,13 +185,14 @@ def _show(value: object) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def run_name(args: Namespace, data: str, annotated: bool = False) -> str:
+def run_name(args: Namespace, data: OpenSetData) -> str:
     """The published name of a run's log, without '.pkl', and `settings` at its end.
 
-    data: the name of the data set. With an annotator there is no K, init and batch in it.
+    With a person as the oracle there is no K, init and batch in it: they change.
     """
     start = f"_known{args.known_class}_init{_show(args.init_percent)}_batch{args.query_batch}"
-    name = f"{args.model}_{data}{'' if annotated else start}_seed{args.seed}_{args.query_strategy}"
+    start = "" if data.sheets else start
+    name = f"{args.model}_{data.name}{start}_seed{args.seed}_{args.query_strategy}"
     if hasattr(args, "known_T"):
         name = f"temperature_{name}_unknown_T{args.unknown_T}_known_T{args.known_T}"
         name += f"_modelB_T{args.modelB_T}"
@@ -281,12 +284,7 @@ class Run:
             self.split = open_set.initial_split(data.known, args.init_percent, draws)
         else:
             given = {word.partition("=")[0] for word in sys.argv}
-            if useless := given & {
-                "--init-percent",
-                "--known-class",
-                "--max-query",
-                "--drop-unknown",
-            }:
+            if useless := given & SIMULATION:
                 raise UserError(f"{min(useless)}: labels.csv is there, and the sheets decide this")
             self.split, args.resume = data.split, not args.overwrite
         args.known_class = data.num_known
@@ -298,8 +296,7 @@ class Run:
         self.networks: dict[str, dict] = {}  # trained in this round: name -> weights
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
-        name = run_name(args, data.name, annotated=data.sheets is not None)
-        self.path = Path(args.save_dir).expanduser() / name
+        self.path = Path(args.save_dir).expanduser() / run_name(args, data)
         self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.experiment["data"] = data.identity
@@ -316,14 +313,15 @@ class Run:
 
     def rounds(self) -> Iterator[open_set.Split]:
         """Yield who is labeled, invalid and in the pool, as long as there is a round to do."""
-        if self.data.sheets and self.data.sheets.waiting:
-            self.say(f"query_{self.round}.csv has no answer yet: fill in its column label")
-            return
-        while self.round < self.args.max_query and len(self.split.pool):
+        sheets, last = self.data.sheets, self.args.max_query
+        if sheets:  # one round, and then it is the person's turn
+            last = self.round + (not sheets.waiting)
+        while self.round < last and len(self.split.pool):
             self.began = time.monotonic()
             yield self.split
-            if self.data.sheets:
-                return
+        if sheets and len(self.split.pool):
+            self.say(f"fill in the column label of query_{self.round}.csv, then start this again")
+            return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
         self.say(f"to draw it: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
@@ -407,34 +405,35 @@ class Run:
 
         accuracy: in percent. queried: indices into the training images, in order of the query.
         """
-        if self.data.sheets:
-            self._ask(accuracy, queried)
-            return
-        known, split, done = self.data.known, self.split, self.round
-        precision = open_set.precision(queried, known)
-        recall = open_set.recall(split, queried, known)
-        for name, value in zip(
-            self.log, (accuracy, 100 - accuracy, precision, recall), strict=True
-        ):
+        data, split, done = self.data, self.split, self.round
+        measures = {"Acc": accuracy, "Err": 100 - accuracy} if len(data.test_targets) else {}
+        if data.sheets is None:
+            measures["Precision"] = open_set.precision(queried, data.known)
+            measures["Recall"] = open_set.recall(split, queried, data.known)
+        for name, value in measures.items():
             self.log[name][done] = value
             self._record("scalar", name, value, done)
-        counts = [len(indices) for indices in split]
-        for name, count in zip(split._fields, counts, strict=True):
-            self._record("scalar", f"count/{name}", count, done)
-        measures = f"{accuracy:.2f}", f"{precision:.3f}", f"{recall:.3f}"
-        self.say(
-            done,
-            *(f"{count:,}" for count in counts),
-            *measures,
-            f"{time.monotonic() - self.began:.1f}",
-        )
-        if self.args.save_model:
-            self._save_model()
-        self.split = open_set.update(split, queried, known, self.args.drop_unknown)
-        self.queries.append(queried)
-        self.round, self.networks, self.training = done + 1, {}, None
+        for name, indices in split._asdict().items():
+            self._record("scalar", f"count/{name}", len(indices), done)
+        if data.sheets and done - 1 in self.log["Precision"]:
+            measures["Precision"] = self.log["Precision"][done - 1]  # of the newest answers
+        cells = [f"{len(indices):,}" for indices in split]
+        for name, form in (("Acc", ".2f"), ("Precision", ".3f"), ("Recall", ".3f")):
+            cells.append(format(measures[name], form) if name in measures else "-")
+        self.say(done, *cells, f"{time.monotonic() - self.began:.1f}")
+        self.queries = [*self.queries[:done], queried]
+        if self.args.save_model and parallel.rank() == 0:
+            content = {"arguments": vars(self.args), "classes": list(data.classes)}
+            content |= {"mean": data.mean, "std": data.std, **self.networks}
+            write_whole(f"{self.path}.model.pt", partial(torch.save, content))
+        if data.sheets is None:
+            self.split = open_set.update(split, queried, data.known, self.args.drop_unknown)
+            self.round, self.networks, self.training = done + 1, {}, None
         self.save()  # last: after a kill in between the round is told again, but never lost
         self._write_log()
+        if data.sheets:
+            self._ask(queried)
+            self.round += 1
 
     def _take_answers(self) -> None:
         """Begin the round after the annotator's newest query sheet, or go on with it."""
@@ -446,36 +445,21 @@ class Run:
         found = {q: sheets.precision(q + 1) for q in range(self.round)}
         self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
 
-    def _ask(self, accuracy: float, queried: Tensor) -> None:
-        """End a round in which a person is the oracle: write predictions and the query sheet."""
-        data, pool, done = self.data, self.split.pool, self.round
+    def _ask(self, queried: Tensor) -> None:
+        """Write what the classifier predicts of the pool, and the sheet for the annotator."""
+        data, pool = self.data, self.split.pool
         classifier = self.train("classifier", data.num_known, self.split.labeled)  # trained before
         logits = models.predict(classifier, data.train, pool, **self._prediction())["logits"]
         if parallel.rank() > 0:
             return
-        probabilities, classes = logits.double().softmax(1).max(1)
-        rows = {
-            i: (data.names[i], data.classes[c], p)
-            for i, c, p in zip(pool.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-        }
         per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
         counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=False))
         self.say(f"labeled: {', '.join(counts)}")
-        if len(data.test_targets):
-            self.log["Acc"][done], self.log["Err"][done] = accuracy, 100 - accuracy
-        precision = self.log["Precision"].get(done - 1)  # of the newest answers
-        measures = [f"{accuracy:.2f}" if len(data.test_targets) else "-"]
-        measures += ["-" if precision is None else f"{precision:.3f}", "-"]
-        sizes = (f"{len(indices):,}" for indices in self.split)
-        self.say(done, *sizes, *measures, f"{time.monotonic() - self.began:.1f}")
-        if self.args.save_model:
-            self._save_model()
-        self.queries = [*self.queries[:done], queried]
-        self.save()
-        self._write_log()
+        probability, label = logits.double().softmax(1).max(1)
+        found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
+        rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
-        sheet = Path(data.identity) / f"query_{done + 1}.csv"
-        self.say(f"fill in the column label of {sheet}, then start the same command again")
+        sheet = Path(data.identity) / f"query_{self.round + 1}.csv"
         write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -572,13 +556,6 @@ class Run:
             self.saved = time.monotonic()
         if stop:
             raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
-
-    def _save_model(self) -> None:
-        """Write this round's networks to NAME.model.pt, with what applying them takes (rank 0)."""
-        if parallel.rank() == 0:
-            content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
-            content |= {"mean": self.data.mean, "std": self.data.std, **self.networks}
-            write_whole(f"{self.path}.model.pt", partial(torch.save, content))
 
     def _write_log(self) -> None:
         """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""
