@@ -300,6 +300,8 @@ class Run:
         self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.experiment["data"] = data.identity
+        if data.sheets:  # may change from round to round
+            del self.experiment["known_class"], self.experiment["query_batch"]
         self.answers = data.answers
         if state := parallel.from_rank0(self._open):
             self.split = open_set.Split(*state["split"])
