@@ -3,23 +3,18 @@
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,7 +24,17 @@ from torch import Tensor
 import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
-from datasets.files import UserError, check_space, load_checkpoint, lock, tell, told, write_whole
+from datasets.files import (
+    Journal,
+    UserError,
+    check_space,
+    load_checkpoint,
+    lock,
+    tell,
+    told,
+    versions,
+    write_whole,
+)
 from datasets.sheets import write_predictions, write_query
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
@@ -309,7 +314,7 @@ class Run:
                 setattr(self, key, state[key])
         if data.sheets:
             self._take_answers()
-        self.text = self.events = None
+        self.journal: Journal | None = None
         if parallel.rank() == 0:
             self._begin()
 
@@ -348,7 +353,7 @@ class Run:
             return network
 
         def after_epoch(epoch: int, loss: float, snapshot: Callable[[], dict]) -> None:
-            self._record("scalar", f"loss/{name}", loss, self.round * args.max_epoch + epoch)
+            self.record(f"loss/{name}", loss, self.round * args.max_epoch + epoch)
             stop = parallel.any_rank(bool(signals))
             due = time.monotonic() - self.saved >= args.checkpoint_seconds
             if (stop or due) and epoch < args.max_epoch:
@@ -414,9 +419,9 @@ class Run:
             measures["Recall"] = open_set.recall(split, queried, data.known)
         for name, value in measures.items():
             self.log[name][done] = value
-            self._record("scalar", name, value, done)
+            self.record(name, value, done)
         for name, indices in split._asdict().items():
-            self._record("scalar", f"count/{name}", len(indices), done)
+            self.record(f"count/{name}", len(indices), done)
         if data.sheets and done - 1 in self.log["Precision"]:
             measures["Precision"] = self.log["Precision"][done - 1]  # of the newest answers
         cells = [f"{len(indices):,}" for indices in split]
@@ -510,35 +515,17 @@ class Run:
         return state
 
     def _begin(self) -> None:
-        """Open NAME.log and TensorBoard's file, and say what is going to run (rank 0)."""
+        """Begin NAME.log and TensorBoard's file, and say what is going to run (rank 0)."""
         args, data, path = self.args, self.data, self.path
-        tb = path.parent / "tb" / path.name
         self.save()  # first: the checkpoint decides what the other files belong to
-        if args.overwrite:
-            for suffix in (".log", ".model.pt"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
-            shutil.rmtree(tb, ignore_errors=True)
         self._write_log()
-        with told(path.parent):
-            self.text = io.FileIO(f"{path}.log", "a")
-            if not args.no_tensorboard:
-                from tensorboardX.event_file_writer import EventsWriter  # slow to import
-
-                # tensorboardX's SummaryWriter would wait for ever once the disk is full.
-                tb.mkdir(parents=True, exist_ok=True)
-                self.events = EventsWriter(f"{tb}/events", f".{os.getpid()}")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-        commit = ""
-        with contextlib.suppress(OSError):  # no git
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-        versions = ", ".join(f"{name} {version(name)}" for name in packages)
-        python, cuda = platform.python_version(), self.device.type == "cuda"
-        where = f"{torch.cuda.get_device_name(self.device) if cuda else 'CPU'}"
+        if args.overwrite:
+            Path(f"{path}.model.pt").unlink(missing_ok=True)
+        self.journal = Journal(path, not args.no_tensorboard, args.overwrite)
+        cuda = self.device.type == "cuda"
+        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
         where += f", {torch.get_num_threads()} threads"
-        header = f"{vars(args)}, python {python}, {versions}, commit {commit or 'unknown'}, {where}"
-        self._record("text", "header", header)
-        self._note(header)
+        self.journal.note(f"{vars(args)}, {versions()}, {where}")
         labeled, _, pool = self.split
         unknown = "some" if data.sheets else len(data.classes) - data.num_known
         classes = f"{data.name}: {data.num_known} known and {unknown} unknown classes"
@@ -569,21 +556,11 @@ class Run:
     def say(self, *cells: object) -> None:
         """A line, or a row of cells, for the terminal and NAME.log (rank 0)."""
         line = cells[0] if len(cells) == 1 else "".join(f"{cell:>10}" for cell in cells)
-        if parallel.rank() == 0:
-            self._note(line)
+        if self.journal:
+            self.journal.note(line)
             tell(line)
 
-    def _note(self, line: str) -> None:
-        with told(f"{self.path}.log"):
-            self.text.write(f"{line}\n".encode(errors="replace"))
-
-    def _record(self, kind: str, name: str, value: object, step: int = 0) -> None:
-        """Write a "scalar" or "text" for TensorBoard (rank 0)."""
-        if self.events:
-            from tensorboardX import summary
-            from tensorboardX.proto.event_pb2 import Event
-
-            content = getattr(summary, kind)(name, value)
-            with told(self.path.parent / "tb"):
-                self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
-                self.events.flush()
+    def record(self, name: str, value: float, step: int) -> None:
+        """A number for TensorBoard (rank 0)."""
+        if self.journal:
+            self.journal.record("scalar", name, value, step)

@@ -1,11 +1,16 @@
-"""What every reader and writer of files needs: the user's error, whole files, a lock."""
+"""Files: the user's error, locks, files written whole, checkpoints, and the journal of a run."""
 
 import contextlib
+import io
 import os
+import platform
 import shutil
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,3 +103,53 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # torch names no common class for a file that is no checkpoint
         what = "put a good copy there, or start again with --overwrite"
         raise UserError(f"{path} is damaged: {what}") from error
+
+
+def versions() -> str:
+    """The versions of Python, of the packages and of this project that a result depends on."""
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
+    found = [
+        f"python {platform.python_version()}",
+        *(f"{name} {version(name)}" for name in packages),
+    ]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        found.append(f"commit {commit or 'unknown'}")
+    return ", ".join(found)
+
+
+class Journal:
+    """NAME.log and TensorBoard's file of the run `path`; errors in writing are the user's."""
+
+    def __init__(self, path: Path, tensorboard: bool, anew: bool) -> None:
+        self.path, self.events = path, None
+        folder = path.parent / "tb" / path.name
+        if anew:
+            shutil.rmtree(folder, ignore_errors=True)
+        with told(path.parent):
+            self.text = io.FileIO(f"{path}.log", "w" if anew else "a")
+            if tensorboard:
+                from tensorboardX.event_file_writer import EventsWriter  # slow to import
+
+                # tensorboardX's SummaryWriter would wait for ever once the disk is full.
+                folder.mkdir(parents=True, exist_ok=True)
+                self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+
+    def note(self, line: str) -> None:
+        """A line for NAME.log; the first one, the header, for TensorBoard as well."""
+        if self.events and not self.text.tell():
+            self.record("text", "header", line)
+        with told(f"{self.path}.log"):
+            self.text.write(f"{line}\n".encode(errors="replace"))
+
+    def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
+        """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
+        if self.events:
+            from tensorboardX import summary
+            from tensorboardX.proto.event_pb2 import Event
+
+            content = getattr(summary, kind)(name, value)
+            with told(self.path.parent / "tb"):
+                self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+                self.events.flush()
