@@ -117,7 +117,8 @@ def create(
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     if known_class is None:
         known_class = dataset.defaults["known_class"] or len(raw.classes) // 2
-    name = folder.log_name(data_dir) if name == "folder" else name
+    own = name == "folder"
+    name = folder.log_name(data_dir) if own else name
     order, num_known = _order(name, raw.classes, known_class, class_seed, known)
     _check(name, raw, order[:num_known])
 
@@ -126,7 +127,7 @@ def create(
     targets = torch.from_numpy(place[raw.train_labels]).clamp(max=num_known)
     test_targets = torch.from_numpy(place[raw.test_labels])
     identity = hashlib.sha256(targets.numpy().tobytes() + test_targets.numpy().tobytes())
-    if raw.names:  # another folder may have the same name
+    if own:  # another folder may have the same name
         for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
             identity.update(content)
     tested = test_targets < num_known

@@ -39,7 +39,8 @@ def load(data_dir: Path, name: str) -> Raw:
             fetch(source.url, archive, source.tgz_md5)
         return _arrays(_contents(place, sums), source)
 
-    folders = [data_dir / source.base_folder, data_dir]
+    base = source.base_folder
+    folders = [data_dir / base, data_dir / base / base, data_dir]
     there = [path for path in folders if any((path / file).exists() for file in sums)]
     remedy = f"put {archive.name} from {source.url} with MD5 {source.tgz_md5} into {data_dir}"
     return first_sound([*there, archive], read, source.tgz_md5, remedy)

@@ -37,14 +37,7 @@ def load(data_dir: Path, size: int = 64) -> Raw:
         )
     if others := len(files) - len(train) - len(test):
         note(f"{others} images in {data_dir} are in no train/CLASS/ or test/CLASS/: ignored")
-    names = train + test
-    pixels = read(data_dir, {name: files[name] for name in names}, size).pixels
-    classes = sorted({name.split("/")[1] for name in names})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[name.split("/")[1]] for name in names], np.int64)
-    count = len(train)
-    halves = pixels[:count], labels[:count], pixels[count:], labels[count:]
-    return Raw(*halves, tuple(classes), tuple(names))
+    return images.labeled(read(data_dir, {name: files[name] for name in train + test}, size))
 
 
 def list_images(data_dir: Path) -> dict[str, int]:
@@ -53,7 +46,7 @@ def list_images(data_dir: Path) -> dict[str, int]:
     Other files are ignored, and counted in a note. Raises OSError.
     """
     found = images.walk(data_dir)
-    names = sorted(images.pictures(found))
+    names = images.pictures(found)
     others = sum(not name.endswith(".csv") for name in found) - len(names)  # sheets are read
     if others:
         note(f"{others} files in {data_dir} are no images: ignored")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import UserError, write_whole
-from .sources import note
+from .sources import Raw, note
 
 
 class Decoded(NamedTuple):
@@ -23,7 +23,6 @@ class Decoded(NamedTuple):
     pixels: np.ndarray  # (number of files - number of broken ones, size, size, 3) uint8
     files: dict[str, int]  # name -> bytes of every file
     broken: dict[str, str]  # name -> fault of the files that have no row in pixels
-    about: dict | None  # what the caller wants to find again, such as labels
 
 
 def walk(folder: Path | str, below: str = "") -> dict[str, int]:
@@ -44,7 +43,7 @@ def walk(folder: Path | str, below: str = "") -> dict[str, int]:
 
 
 def pictures(names: Iterable[str]) -> list[str]:
-    """Those names, in the same order, that end as image files do and are not hidden."""
+    """Those names, sorted, that end as image files do and are not hidden."""
     from PIL import Image
 
     Image.init()
@@ -53,7 +52,7 @@ def pictures(names: Iterable[str]) -> list[str]:
     endings = {end for end, kind in Image.registered_extensions().items() if kind in kinds}
     return [
         name
-        for name in names
+        for name in sorted(names)
         if os.path.splitext(name)[1].lower() in endings and not any(map(_hidden, name.split("/")))
     ]
 
@@ -63,13 +62,23 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def cached(
-    cache: Path, size: int, files: dict[str, int] | None = None, about: dict | None = None
-) -> Decoded | None:
+def labeled(decoded: Decoded) -> Raw:
+    """Read parts and labels off the names: train/CLASS/... first, then those of the test images."""
+    parts = [name.split("/") for name in decoded.files]
+    count = sum(part == "train" for part, *_ in parts)
+    classes = sorted({name for _, name, *_ in parts})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[name] for _, name, *_ in parts], np.int64)
+    train, test = decoded.pixels[:count], decoded.pixels[count:]
+    names = tuple(decoded.files)
+    return Raw(train, labels[:count], test, labels[count:], tuple(classes), names)
+
+
+def cached(cache: Path, size: int, files: dict[str, int] | None = None) -> Decoded | None:
     """Return what `decode` wrote, the pixels memory-mapped and read-only.
 
     Returns None if there is no whole cache of this image size, or if it was made of other files
-    than `files` or with another `about`; files None stands for any. Raises PermissionError.
+    than `files`; None stands for any. Raises PermissionError.
     """
     try:
         pixels = np.lib.format.open_memmap(cache, mode="r")
@@ -82,10 +91,7 @@ def cached(
         return None
     if pixels.shape != (len(found.files) - len(found.broken), size, size, 3):
         return None
-    if files is not None and (list(files.items()), about) != (
-        list(found.files.items()),
-        found.about,
-    ):
+    if files is not None and list(found.files.items()) != list(files.items()):
         note(f"{cache} was made of other files than there are now: they are decoded again")
         return None
     return found
@@ -97,7 +103,6 @@ def decode(
     read: Callable[[str], bytes],
     convert: Callable,
     size: int,
-    about: dict | None = None,
     leave_out: bool = False,
 ) -> Decoded:
     """Decode image files in the order of `files`, and write the cache.
@@ -135,7 +140,7 @@ def decode(
         raise UserError(f"{len(broken)} of {len(files)} images are broken: {first}")
     if broken:
         pixels = pixels[[row for row, name in enumerate(files) if name not in broken]]
-    said = dict(files=files, broken=broken, about=about)
+    said = dict(files=files, broken=broken)
 
     def write(file: io.BufferedIOBase) -> None:
         header = np.lib.format.header_data_from_array_1_0(pixels)

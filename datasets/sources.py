@@ -34,7 +34,7 @@ class Raw(NamedTuple):
     test: np.ndarray  # (M, H, W, 3) uint8
     test_labels: np.ndarray  # (M,) int64
     classes: tuple[str, ...]
-    names: tuple[str, ...] = ()  # of the N + M image files, if they are the user's own
+    names: tuple[str, ...] = ()  # of the N + M image files, if there are such
 
 
 def note(text: str) -> None:
@@ -53,7 +53,7 @@ def expand(path: Path | str) -> Path:
 
 def fetch(url: str, archive: Path, md5: str) -> None:
     """Download an archive, unless it is there. Raises UserError if that fails, and OSError."""
-    part = archive.with_name(f"{archive.name}.part")  # what a killed download leaves
+    part = archive.with_name(f".{archive.name}.part")  # what a killed download leaves
     with one_at_a_time(archive.with_name(f".{archive.name}.lock")):
         with contextlib.suppress(FileNotFoundError):
             archive.stat()
@@ -83,7 +83,7 @@ def first_sound(sources: Iterable[Path], read: Callable[[Path], T], md5: str, re
             for fault in faults:
                 note(f"{fault}: {source} is used instead")
             return result
-    raise UserError(" ".join(f"{'; '.join(faults)}: {remedy}".split()))
+    raise UserError(" ".join(f"{'; '.join(faults)}: {remedy}".splitlines()))
 
 
 def other_md5(source: Path, md5: str) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from . import images
 from .files import UserError, one_at_a_time
 from .sources import Raw, expand, fetch, first_sound, note, other_md5
@@ -40,39 +38,36 @@ def load(data_dir: Path) -> Raw:
     """
     data_dir = expand(data_dir)
     cache, archive = data_dir / f"{FOLDER}.npy", data_dir / f"{FOLDER}.zip"
-    folders = [path for path in (data_dir / FOLDER, data_dir) if (path / "train").is_dir()]
+    folders = [data_dir / FOLDER, data_dir / FOLDER / FOLDER, data_dir]
+    folders = [path for path in folders if (path / "train").is_dir()]
     with one_at_a_time(data_dir / f".{FOLDER}.lock"):
         sources = [*folders, *(path for path in (archive, cache) if path.exists())]
         if not archive.exists() and not folders:
             sources.append(archive)
         decoded = first_sound(sources, partial(_decode, cache), MD5, f"{_REMEDY}{data_dir}")
-    count, labels = decoded.about["train"], np.array(decoded.about["labels"], np.int64)
-    pixels, classes = decoded.pixels, tuple(decoded.about["classes"])
-    return Raw(pixels[:count], labels[:count], pixels[count:], labels[count:], classes)
+    return images.labeled(decoded)
 
 
 def _decode(cache: Path, source: Path) -> images.Decoded:
-    """The images of an archive or a folder, from the cache if that was made of the same files.
-
-    The source may be the cache itself.
-    """
+    """Return the images of a source, from the cache if it was made of the same files."""
     if source == cache:
         if decoded := images.cached(cache, SIZE):
             return decoded
         raise OSError("it is not whole, or of an earlier version")
     if not source.is_dir():
         fetch(URL, source, MD5)
-    with _opened(source) as (files, read):
-        names, about = _labeled(files, read)
-        files = {name: files[name] for name in names}
-        if decoded := images.cached(cache, SIZE, files, about):
+    with _opened(source) as (sizes, read):
+        names = _labeled(sizes, read)
+        files = {place: sizes[name] for place, name in names.items()}
+        if decoded := images.cached(cache, SIZE, files):
             return decoded
         if other := other_md5(source, MD5):
             note(f"{source} is not the published file{other}; it is used if it is sound")
-        counts = Counter(about["labels"][: about["train"]]).values()
-        if min(counts) < max(counts):
-            note(f"{source} has {min(counts)} to {max(counts)} training images per class")
-        return images.decode(cache, files, read, _exact, SIZE, about)
+        counts = Counter(place.split("/")[1] for place in names if place.startswith("train/"))
+        least, most = min(counts.values()), max(counts.values())
+        if least < most:  # perhaps not all was extracted
+            note(f"{source} has {least} to {most} training images per class")
+        return images.decode(cache, files, lambda place: read(names[place]), _exact, SIZE)
 
 
 @contextlib.contextmanager
@@ -90,44 +85,40 @@ def _opened(source: Path) -> Iterator[tuple[dict[str, int], Callable[[str], byte
         yield files, lambda name: archive.read(top + name)
 
 
-def _labeled(files: dict[str, int], read: Callable[[str], bytes]) -> tuple[list[str], dict]:
-    """Names of training and test images in order; how many are for training, classes, labels.
+def _labeled(files: dict[str, int], read: Callable[[str], bytes]) -> dict[str, str]:
+    """Find all images: train/CLASS/IMAGE or val/CLASS/IMAGE -> name of the file.
 
-    Training images are ordered by class, then by number, test images by number.
+    Training images are ordered by class, then by number, validation images by number. Raises
+    UserError if there are none of a kind, or if the class of one is not known.
     """
-    found = [name.split("/") for name in images.pictures(files)]
-    train = [parts for parts in found if parts[0] == "train" and len(parts) > 2]
-    classes = sorted({parts[1] for parts in train})
-    label = {name: number for number, name in enumerate(classes)}
-    test = [parts for parts in found if parts[0] == "val"]
-    in_class = {parts[-1] for parts in test if parts[1] in label}  # some scripts leave the others
-    test = [parts for parts in test if parts[1] in label or parts[-1] not in in_class]
-    if not train or not test:
-        raise UserError(f"it has {len(train)} training and {len(test)} validation images")
-    train.sort(key=lambda parts: (parts[1], _by_number(parts[-1]), parts))
-    test.sort(key=lambda parts: (_by_number(parts[-1]), parts))
-
+    names = [name for name in images.pictures(files) if name.startswith(("train/", "val/"))]
+    in_classes = [name for name in names if name.startswith("train/") and name.count("/") > 1]
+    classes = {name.split("/")[1] for name in in_classes}
     annotated = {}
     if _ANNOTATIONS in files:
         lines = read(_ANNOTATIONS).decode().splitlines()
         annotated = dict(line.split()[:2] for line in lines if line.strip())
-    if missing := sorted(annotated.keys() - {parts[-1] for parts in test}):
+    found = {}
+    for name in names:
+        part, folder, *_ = name.split("/")
+        image = name.rpartition("/")[2]
+        wnid = folder if folder in classes else annotated.get(image)
+        if wnid not in classes:
+            raise UserError(f"{name} is of class {wnid}, which has no training images")
+        found[f"{part}/{wnid}/{image}"] = name
+    if missing := sorted(annotated.keys() - {place.split("/")[2] for place in found}):
         raise UserError(f"it lacks {len(missing)} images of {_ANNOTATIONS}, such as {missing[0]}")
-    labels = [label[parts[1]] for parts in train]
-    for parts in test:
-        name = parts[1] if parts[1] in label else annotated.get(parts[-1])
-        if name not in label:
-            raise UserError(f"{'/'.join(parts)} is of class {name}, which has no training images")
-        labels.append(label[name])
-    about = {"train": len(train), "classes": classes, "labels": labels}
-    return ["/".join(parts) for parts in train + test], about
+    parts = Counter(place.split("/")[0] for place in found)
+    if len(parts) < 2:
+        raise UserError(f"it has {parts['train']} training and {parts['val']} validation images")
 
+    def order(place: str) -> tuple:
+        part, wnid, image = place.split("/")
+        number = re.split(r"(\d+)", image)
+        number[1::2] = map(int, number[1::2])  # val_9 comes before val_10
+        return part, wnid if part == "train" else "", number, wnid
 
-def _by_number(name: str) -> list:
-    """Sort key with numbers in the place of their digits: val_9 comes before val_10."""
-    parts = re.split(r"(\d+)", name)
-    parts[1::2] = map(int, parts[1::2])
-    return parts
+    return {place: found[place] for place in sorted(found, key=order)}
 
 
 def _exact(image):
