@@ -370,7 +370,9 @@ class Run:
             draws = partial(self.generator, name)
             models.train(network, *images, draws, after_epoch=after_epoch, **settings)
             self.training, self.networks[name] = None, network.state_dict()
-            self.save(signals, parallel.any_rank(bool(signals)))
+            self.save()
+            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
+                raise Stopped(*signals, signal.SIGTERM)
         return network
 
     def evaluate(self, network: models.ResNet) -> float:
