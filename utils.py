@@ -36,6 +36,7 @@ from datasets.files import (
     write_whole,
 )
 from datasets.sheets import write_predictions, write_query
+from datasets.sources import expand
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
 
@@ -301,7 +302,7 @@ class Run:
         self.networks: dict[str, dict] = {}  # trained in this round: name -> weights
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
-        self.path = Path(args.save_dir).expanduser() / run_name(args, data)
+        self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
         self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.experiment["data"] = data.identity
