@@ -140,6 +140,11 @@ class Journal:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # never opened; no space for the rest
+            self.text.close()
+            self.events.close()
+
     def note(self, line: str) -> None:
         """A line for NAME.log; the first one, the header, for TensorBoard as well."""
         if self.events and not self.text.tell():
