@@ -534,6 +534,10 @@ class Run:
         training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
         self.say(f"{training}, {where}")
         self.say(f"{path}.pkl: {self.round} rounds done")
+        if data.left_out:
+            self.say(f"{len(data.left_out)} images are left out; {path}.log lists them")
+        for name, fault in data.left_out.items():
+            self.journal.note(f"left out: {name}: {fault}")
         self.say(*COLUMNS)
 
     def save(self, signals: Sequence[int] = (), stop: bool = False) -> None:
