@@ -445,10 +445,11 @@ class Run:
     def _take_answers(self) -> None:
         """Begin the round after the annotator's newest query sheet, or go on with it."""
         sheets, self.split = self.data.sheets, self.data.split
-        self.round = len(sheets.queries)
-        if self.answers != self.data.answers:
-            self.answers, self.networks, self.training = self.data.answers, {}, None
-            tell("the answers have changed: the networks are trained anew")
+        done, answers = len(sheets.queries), self.data.answers
+        if (self.round, self.answers) != (done, answers):
+            if self.round == done and (self.networks or self.training) and parallel.rank() == 0:
+                tell("answers or images have changed within the round: it is begun anew")
+            self.round, self.answers, self.networks, self.training = done, answers, {}, None
         found = {q: sheets.precision(q + 1) for q in range(self.round)}
         self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
 
