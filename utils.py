@@ -327,7 +327,8 @@ class Run:
             self.began = time.monotonic()
             yield self.split
         if sheets and len(self.split.pool):
-            self.say(f"fill in the column label of query_{self.round}.csv, then start this again")
+            sheet = self._sheet(self.round)
+            self.say(f"fill in the column label of {sheet}, then start this again")
             return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
@@ -467,8 +468,11 @@ class Run:
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
-        sheet = Path(data.identity) / f"query_{self.round + 1}.csv"
+        sheet = self._sheet(self.round + 1)
         write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
+
+    def _sheet(self, number: int) -> Path:
+        return Path(self.data.identity) / f"query_{number}.csv"
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""
