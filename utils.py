@@ -262,6 +262,7 @@ STATE = ("experiment", "answers", "round", "log", "queries", "networks", "traini
 FREE = {"gpu", "data_dir", "save_dir", "max_query", "resume", "overwrite", "no_tensorboard"}
 FREE |= {"checkpoint_seconds", "save_model", "use_cpu"}
 SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
+SIMULATION |= {"--known", "--class-seed"}
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
 
 
