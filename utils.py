@@ -560,6 +560,8 @@ class Run:
         """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""
         if parallel.rank() == 0:
             write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
+            if self.data.sheets:  # they say what was queried, by name
+                return
             queries = json.dumps([queried.tolist() for queried in self.queries])
             write_whole(f"{self.path}.queries.json", lambda file: file.write(queries.encode()))
 
