@@ -488,7 +488,7 @@ class Run:
         """Lock the run's files; the state to go on from, None without a checkpoint or --resume."""
         args, path = self.args, self.path
         log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
-        if len(os.fsencode(f"{path.name}.queries.json.tmp")) > 255:  # bytes
+        if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
             raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
         with told(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
