@@ -263,6 +263,7 @@ STATE = ("experiment", "answers", "round", "log", "queries", "networks", "traini
 FREE = {"gpu", "data_dir", "save_dir", "max_query", "resume", "overwrite", "no_tensorboard"}
 FREE |= {"checkpoint_seconds", "save_model", "use_cpu"}
 SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
+SIMULATION |= {"--known", "--class-seed"}
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
 
 
@@ -328,7 +329,8 @@ class Run:
             self.began = time.monotonic()
             yield self.split
         if sheets and len(self.split.pool):
-            self.say(f"fill in the column label of query_{self.round}.csv, then start this again")
+            sheet = self._sheet(self.round)
+            self.say(f"fill in the column label of {sheet}, then start this again")
             return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
@@ -448,10 +450,11 @@ class Run:
     def _take_answers(self) -> None:
         """Begin the round after the annotator's newest query sheet, or go on with it."""
         sheets, self.split = self.data.sheets, self.data.split
-        self.round = len(sheets.queries)
-        if self.answers != self.data.answers:
-            self.answers, self.networks, self.training = self.data.answers, {}, None
-            tell("the answers have changed: the networks are trained anew")
+        done, answers = len(sheets.queries), self.data.answers
+        if (self.round, self.answers) != (done, answers):
+            if self.round == done and (self.networks or self.training) and parallel.rank() == 0:
+                tell("answers or images have changed within the round: it is begun anew")
+            self.round, self.answers, self.networks, self.training = done, answers, {}, None
         found = {q: sheets.precision(q + 1) for q in range(self.round)}
         self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
 
@@ -469,8 +472,11 @@ class Run:
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
-        sheet = Path(data.identity) / f"query_{self.round + 1}.csv"
+        sheet = self._sheet(self.round + 1)
         write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
+
+    def _sheet(self, number: int) -> Path:
+        return Path(self.data.identity) / f"query_{number}.csv"
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""
@@ -485,7 +491,7 @@ class Run:
         """Lock the run's files; the state to go on from, None without a checkpoint or --resume."""
         args, path = self.args, self.path
         log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
-        if len(os.fsencode(f"{path.name}.queries.json.tmp")) > 255:  # bytes
+        if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
             raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
         with told(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -537,6 +543,10 @@ class Run:
         training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
         self.say(f"{training}, {where}")
         self.say(f"{path}.pkl: {self.round} rounds done")
+        if data.left_out:
+            self.say(f"{len(data.left_out)} images are left out; {path}.log lists them")
+        for name, fault in data.left_out.items():
+            self.journal.note(f"left out: {name}: {fault}")
         self.say(*COLUMNS)
 
     def save(self, signals: Sequence[int] = (), stop: bool = False) -> None:
@@ -553,6 +563,8 @@ class Run:
         """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""
         if parallel.rank() == 0:
             write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
+            if self.data.sheets:  # they say what was queried, by name
+                return
             queries = json.dumps([queried.tolist() for queried in self.queries])
             write_whole(f"{self.path}.queries.json", lambda file: file.write(queries.encode()))
 

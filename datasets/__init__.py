@@ -86,6 +86,7 @@ class OpenSetData(NamedTuple):
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
     answers: str = ""  # hex digits that change with the answers or the pool
+    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of images that are not used
 
 
 def create(
@@ -139,14 +140,15 @@ def create(
 
 def _annotated(dataset: Dataset, data_dir: str, size: int, device: torch.device) -> OpenSetData:
     """The images of a folder, with what a person has answered."""
-    raw, said, split = annotator.load(data_dir, size)
+    raw, said, split, left_out = annotator.load(data_dir, size)
     targets = torch.from_numpy(raw.train_labels), torch.from_numpy(raw.test_labels)
-    place = os.path.abspath(os.path.expanduser(data_dir))
+    place = os.path.realpath(os.path.expanduser(data_dir))
     name, K = folder.log_name(data_dir), len(raw.classes)
     data = _open_set(dataset, name, raw, targets, K, device, place)
     content = repr((raw.names, said.classes, said.labels, said.test, split.pool.tolist()))
     answers = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
-    return data._replace(names=raw.names, sheets=said, split=split, answers=answers)
+    known = dict(names=raw.names, sheets=said, split=split, answers=answers, left_out=left_out)
+    return data._replace(**known)
 
 
 def _open_set(

@@ -1,12 +1,14 @@
 """A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
 
+import os
+
 import numpy as np
 import torch
 
 from . import folder, sheets
 from .files import UserError
 from .open_set import Split
-from .sources import Raw, expand, note
+from .sources import Raw, expand
 
 
 def is_annotated(data_dir: str) -> bool:
@@ -14,19 +16,24 @@ def is_annotated(data_dir: str) -> bool:
     return (expand(data_dir) / "labels.csv").is_file()
 
 
-def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split]:
+def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str, str]]:
     """All images below data_dir as training images, those of test.csv as test images, both sorted.
 
-    Labels of training images that are of no known class are K. Broken images are left out, and
-    named in a note. Raises UserError if a sheet cannot be used or no labeled image can be read.
+    Labels of training images that are of no known class are K. The last result names the images
+    that are left out, and why: broken ones and those whose name no sheet can hold.
+    Raises UserError if a sheet cannot be read or written, or if no labeled image can be read.
     """
     path = expand(data_dir)
+    if not os.access(path, os.W_OK):  # said before a round rather than after it
+        raise UserError(f"cannot write to {path}, where the query sheets go")
     files = folder.list_images(path)
     said = sheets.read(path, files)
+    odd = {name for name in files if name.encode(errors="replace").decode() != name}
+    left_out = dict.fromkeys(odd, "its name is not valid Unicode")
+    files = {name: files[name] for name in files if name not in odd}
     decoded = folder.read(path, files, size, leave_out=True)
-    for name, fault in decoded.broken.items():
-        note(f"{name} is broken ({fault}): left out")
-    names = [name for name in files if name not in decoded.broken]
+    left_out |= decoded.broken
+    names = [name for name in files if name not in left_out]
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(said.classes)}
     K = len(number)
@@ -46,4 +53,4 @@ def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split]:
     test_pixels = decoded.pixels[[position[name] for name in test]]
     test_labels = np.array([number[said.test[name]] for name in test], np.int64)
     raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes, tuple(names))
-    return raw, said, split
+    return raw, said, split, left_out

@@ -33,7 +33,8 @@ def load(data_dir: Path, size: int = 64) -> Raw:
     if not train or not test:
         raise UserError(
             f"{data_dir} has {len(train)} training and {len(test)} test images: expected are "
-            "images in train/CLASS/ and in test/CLASS/ or val/CLASS/"
+            "images in train/CLASS/ and in test/CLASS/ or val/CLASS/; or labels.csv, to label them "
+            "by hand"
         )
     if others := len(files) - len(train) - len(test):
         note(f"{others} images in {data_dir} are in no train/CLASS/ or test/CLASS/: ignored")
@@ -73,9 +74,9 @@ def read(
 
 
 def log_name(data_dir: str) -> str:
-    """The folder's own name, with "-" for all but letters, digits, "." and "-"."""
+    """The folder's own name, with "-" for all but ASCII letters, digits, "." and "-"."""
     name = os.path.basename(os.path.abspath(expand(data_dir)))
-    return re.sub(r"[^\w.-]|_", "-", name) or "folder"
+    return re.sub(r"^\.|[^a-zA-Z0-9.-]", "-", name) or "folder"
 
 
 def _fit(image, size: int):
