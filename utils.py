@@ -375,7 +375,7 @@ class Run:
             self.training, self.networks[name] = None, network.state_dict()
             self.save()
             if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
-                raise Stopped(*signals, signal.SIGTERM)
+                raise parallel.Stopped(*signals, signal.SIGTERM)
         return network
 
     def evaluate(self, network: models.ResNet) -> float:
