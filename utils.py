@@ -240,15 +240,17 @@ def run_script(main: Callable[[], None]) -> None:
             command = shlex.join([sys.executable, *words, "--resume"])
             tell(f"stopped; go on with: {'torchrun as before' if parallel.launched() else command}")
     except UserError as raised:
-        status, error = 2, raised if parallel.local_rank() == 0 else None
+        status, error = 2, raised
     except (MemoryError, RuntimeError) as raised:
         if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
             status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
         elif parallel.world() > 1 and parallel.lost(raised):
-            status, error = 1, f"rank {parallel.rank()}: another process has ended"
+            status, error = 1, "another process has ended"
         else:
             raise
     if error:
+        if parallel.local_rank() > 0 or status == 1:
+            time.sleep(10)  # if another process tells the error, torchrun ends this one meanwhile
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
