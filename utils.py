@@ -24,17 +24,7 @@ from torch import Tensor
 import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
-from datasets.files import (
-    Journal,
-    UserError,
-    check_space,
-    load_checkpoint,
-    lock,
-    tell,
-    told,
-    versions,
-    write_whole,
-)
+from datasets.files import Journal, UserError, claim, load_checkpoint, tell, versions, write_whole
 from datasets.sheets import write_predictions, write_query
 from datasets.sources import expand
 from models import parallel
@@ -288,6 +278,7 @@ class Run:
     def __init__(self, args: Namespace, device: torch.device, data: OpenSetData) -> None:
         self.args, self.device, self.data = args, device, data
         self.reads = STRATEGIES[args.query_strategy].READS
+        self.prediction = {key: vars(args)[key] for key in ("eval_batch_size", "amp", "compile")}
         if data.sheets is None:
             draws = generator(args.seed, "split")
             self.split = open_set.initial_split(data.known, args.init_percent, draws)
@@ -385,7 +376,7 @@ class Run:
         test = self.data.test, self.data.test_targets
         if not len(test[1]):  # an annotator may do without
             return math.nan
-        return models.evaluate(network, *test, **self._prediction())
+        return models.evaluate(network, *test, **self.prediction)
 
     def predict(self, network: models.ResNet, split: open_set.Split) -> PoolOutputs:
         """What the strategy reads: of the pool, and of the labeled images."""
@@ -401,7 +392,7 @@ class Run:
             fields = [field for field in fields if prefix + field in self.reads]
             if fields:
                 more = {"masks": masks, "parameters": None if prefix else parameters}
-                more |= self._prediction()
+                more |= self.prediction
                 found = models.predict(network, data.train, indices, fields, **more)
                 outputs |= {prefix + field: tensor for field, tensor in found.items()}
         if "labeled_targets" in self.reads:
@@ -464,7 +455,7 @@ class Run:
         """Write what the classifier predicts of the pool, and the sheet for the annotator."""
         data, pool = self.data, self.split.pool
         classifier = self.train("classifier", data.num_known, self.split.labeled)  # trained before
-        logits = models.predict(classifier, data.train, pool, **self._prediction())["logits"]
+        logits = models.predict(classifier, data.train, pool, **self.prediction)["logits"]
         if parallel.rank() > 0:
             return
         per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
@@ -484,46 +475,17 @@ class Run:
         """The generator of this round's draws for a purpose."""
         return generator(self.args.seed, self.round, *purpose)
 
-    def _prediction(self) -> dict:
-        return {key: getattr(self.args, key) for key in ("eval_batch_size", "amp", "compile")}
-
     # The files NAME.*: .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (text)
 
     def _open(self) -> dict | None:
-        """Lock the run's files; the state to go on from, None without a checkpoint or --resume."""
-        args, path = self.args, self.path
-        log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
-        if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
-            raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
-        with told(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(path.with_name(f".{path.name}.lock"))
-        there = [file for file in (log, checkpoint) if file.exists()]
-        if there and not (args.resume or args.overwrite):
-            raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
-        if there == [log] and args.resume:
-            raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
+        """Claim the files NAME.*; return the state in the checkpoint to go on from, if any."""
         with torch.device("meta"):  # sizes without the memory
-            network = models.ResNet(args.model, self.data.num_known + 1, args.feat_dim)
+            network = models.ResNet(self.args.model, self.data.num_known + 1, self.args.feat_dim)
         # 4 bytes each: the detector's weights, the classifier's weights and momentum; the old
         # checkpoint stays until the new one is whole.
         need = 2 * 12 * sum(parameter.numel() for parameter in network.parameters())
-        check_space(path.parent, need - (checkpoint.stat().st_size if checkpoint in there else 0))
-        return self._read(checkpoint) if args.resume and checkpoint in there else None
-
-    def _read(self, checkpoint: Path) -> dict:
-        """The state in the checkpoint; UserError if it is damaged or of a different experiment."""
-        state = load_checkpoint(checkpoint)
-        if state.get("format") != FORMAT:
-            what = "made by an earlier version: finish it with that one, or add --overwrite"
-            raise UserError(f"{checkpoint} was {what}")
-        old, new = state["experiment"], self.experiment
-        differ = [
-            f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]
-        ]
-        if differ:
-            raise UserError(f"{checkpoint} is of another run: {'; '.join(differ)}")
-        return state
+        self.lock, there = claim(self.path, self.args.resume, self.args.overwrite, need)
+        return load_checkpoint(there, FORMAT, self.experiment) if there else None
 
     def _begin(self) -> None:
         """Begin NAME.log and TensorBoard's file, and say what is going to run (rank 0)."""

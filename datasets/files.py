@@ -95,18 +95,52 @@ def check_space(folder: Path, need: int) -> None:
         raise UserError(f"{folder} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What torch.save wrote, without running code; UserError if it is damaged or unreadable."""
+def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLock, Path | None]:
+    """Lock the files `path`.* of a run; return the lock, and the checkpoint to go on from, if any.
+
+    need: bytes that checkpoints take. Raises UserError if another process has the run, if an
+    earlier run's files would be lost, or if there is no room for new ones.
+    """
+    if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
+        raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
+    with told(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(path.with_name(f".{path.name}.lock"))
+    log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
+    there = [file for file in (log, checkpoint) if file.exists()]
+    if there and not (resume or overwrite):
+        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
+    if there == [log] and resume:
+        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
+    check_space(path.parent, need - (checkpoint.stat().st_size if checkpoint in there else 0))
+    return held, checkpoint if resume and checkpoint in there else None
+
+
+def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
+    """What torch.save wrote, without running code.
+
+    Raises UserError if the file is damaged or unreadable, of another version or experiment.
+    """
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksum
             if file.testzip():
                 raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch names no common class for a file that is no checkpoint
         what = "put a good copy there, or start again with --overwrite"
         raise UserError(f"{path} is damaged: {what}") from error
+    if state.get("format") != version:
+        what = "finish the run with that one, or start again with --overwrite"
+        raise UserError(f"{path} was made by an earlier version: {what}")
+    old = state["experiment"]
+    differ = [
+        f"{key} was {old.get(key)}, is {v}" for key, v in experiment.items() if old.get(key) != v
+    ]
+    if differ:
+        raise UserError(f"{path} is of another run: {'; '.join(differ)}")
+    return state
 
 
 def versions() -> str:
