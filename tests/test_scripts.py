@@ -148,7 +148,7 @@ def test_lfosa_finds_what_random_does_not(forks, tmp_path):
 def test_same_seed_same_pickle_other_seed_another(forks, tmp_path):
     logs = []
     for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        arguments = [*TINY, "--seed", seed, "--save-dir", f"{folder}/log_AL"]
+        arguments = [*TINY, "--max-query", "1", "--seed", seed, "--save-dir", f"{folder}/log_AL"]
         assert_ends_well(forks.run(tmp_path, LFOSA, *arguments, "--no-tensorboard"))
         logs.append(find(tmp_path / folder, "pkl").read_bytes())
         assert not (tmp_path / folder / "log_AL" / "tb").exists()
@@ -170,7 +170,7 @@ query_strategies.STRATEGIES["mine"] = mine
 
 def test_a_strategy_of_ones_own(forks, tmp_path):
     for script, detector in itertools.product((BASELINE, LFOSA), (False, True)):
-        arguments = [*TINY, "--query-strategy", "mine", "--overwrite"]
+        arguments = [*UNTRAINED, "--query-strategy", "mine", "--overwrite"]
         ran = forks.run(tmp_path, script, *arguments, before=MINE.format(detector))
         if detector and script == BASELINE:
             assert_one_line(ran, "--query-strategy")
