@@ -1,6 +1,5 @@
 """Both scripts and the plot script, run as a shell would run them, on digits with tiny settings."""
 
-import ast
 import itertools
 import json
 import pickle
@@ -48,10 +47,6 @@ def read(folder):
 def test_every_strategy_in_both_scripts(forks, tmp_path, script, strategy):
     ran = forks.run(tmp_path, script, *TINY, "--query-strategy", strategy, "--mc-samples", "3")
     assert_ends_well(ran)  # bars vanish where there is no terminal, and nothing warns
-    name = f"resnet20_digits_known4_init20_batch60_seed1_{strategy}"
-    name = f"temperature_{name}_unknown_T" if script == LFOSA else f"{name}__max-epoch1"
-    assert find(tmp_path, "pkl").name.startswith(name)
-
     log, queries = read(tmp_path)
     assert list(log) == ["Acc", "Err", "Precision", "Recall"]
     for measure in log.values():
@@ -148,7 +143,7 @@ def test_lfosa_finds_what_random_does_not(forks, tmp_path):
 def test_same_seed_same_pickle_other_seed_another(forks, tmp_path):
     logs = []
     for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        arguments = [*TINY, "--seed", seed, "--save-dir", f"{folder}/log_AL"]
+        arguments = [*TINY, "--max-query", "1", "--seed", seed, "--save-dir", f"{folder}/log_AL"]
         assert_ends_well(forks.run(tmp_path, LFOSA, *arguments, "--no-tensorboard"))
         logs.append(find(tmp_path / folder, "pkl").read_bytes())
         assert not (tmp_path / folder / "log_AL" / "tb").exists()
@@ -170,7 +165,7 @@ query_strategies.STRATEGIES["mine"] = mine
 
 def test_a_strategy_of_ones_own(forks, tmp_path):
     for script, detector in itertools.product((BASELINE, LFOSA), (False, True)):
-        arguments = [*TINY, "--query-strategy", "mine", "--overwrite"]
+        arguments = [*UNTRAINED, "--query-strategy", "mine", "--overwrite"]
         ran = forks.run(tmp_path, script, *arguments, before=MINE.format(detector))
         if detector and script == BASELINE:
             assert_one_line(ran, "--query-strategy")
@@ -197,20 +192,25 @@ def test_from_the_shell_to_the_figures(tmp_path):
     assert names == {f"digits_resnet20_init20_known4_{measure}.png" for measure in measures}
 
 
+UNIX = ("fcntl", "resource", "pwd", "grp", "termios")
+
+
 def test_start_without_what_only_unix_has(tmp_path):
-    source = f"import runpy, signal, sys; del signal.SIGUSR1; sys.path[0] = {str(ROOT)!r}\n"
-    source += (
-        "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
-    )
-    source += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    source = f"""
+import runpy, signal, sys
+del signal.SIGUSR1
+for name in {UNIX}:
+    sys.modules[name] = None
+sys.path[0] = {str(ROOT)!r}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
     ran = shell(tmp_path, "-c", source, ROOT / LFOSA, *UNTRAINED)
     assert ran.returncode == 0, ran.stderr
+    top = re.compile(rf"^(import|from) ({'|'.join(UNIX)})\b", re.MULTILINE)
     for folder in (".", "datasets", "models", "query_strategies", "tests"):
         for path in (ROOT / folder).glob("*.py"):
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                    assert not names & {"fcntl", "resource", "pwd", "grp", "termios"}, path
+            assert not top.search(path.read_text()), path
 
 
 def test_published_commands_and_defaults(parse):
@@ -235,15 +235,15 @@ def test_published_commands_and_defaults(parse):
     assert parse(True, "--dataset", "tinyimagenet").dataset == "TinyImagenet"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    "--max-epoch 7,--feat-dim 0,--batch-size 64,--lr-model 0.02,--stepsize 5,--gamma 0.1,"
-    "--weight-cent 0.003,--weight-cent 0.003 --lr-cent 0.1,--class-seed 0,--drop-unknown,"
-    "--augment-pool,--amp bf16,--query-strategy BALD --dropout 0.25,--seed 2,--known-T 1,"
-    "--query-strategy BALD --mc-samples 5,--unknown-T 2,--modelB-T 1e-3,--init-percent 0.5".split(
-        ","
-    ),
-)
+FLAGS = """
+--max-epoch 7, --feat-dim 0, --batch-size 64, --lr-model 0.02, --stepsize 5, --gamma 0.1, --seed 2,
+--weight-cent 0.003, --weight-cent 0.003 --lr-cent 0.1, --class-seed 0, --known apple,bear,
+--drop-unknown, --augment-pool, --amp bf16, --query-strategy BALD --dropout 0.25, --known-T 1,
+--query-strategy BALD --mc-samples 5, --unknown-T 2, --modelB-T 1e-3, --init-percent 0.5
+"""
+
+
+@pytest.mark.parametrize("flags", re.split(r",\s+", FLAGS.strip()))
 def test_another_experiment_has_another_name_that_plot_understands(parse, flags):
     usual, other = ([*words, "--dataset", "cifar100"] for words in ([], flags.split()))
     usual, other = (name_of(parse(True, *words)) for words in (usual, other))
