@@ -36,6 +36,7 @@ from datasets.files import (
     write_whole,
 )
 from datasets.sheets import write_predictions, write_query
+from datasets.sources import expand
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
 
@@ -239,15 +240,17 @@ def run_script(main: Callable[[], None]) -> None:
             command = shlex.join([sys.executable, *words, "--resume"])
             tell(f"stopped; go on with: {'torchrun as before' if parallel.launched() else command}")
     except UserError as raised:
-        status, error = 2, raised if parallel.local_rank() == 0 else None
+        status, error = 2, raised
     except (MemoryError, RuntimeError) as raised:
         if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
             status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
         elif parallel.world() > 1 and parallel.lost(raised):
-            status, error = 1, f"rank {parallel.rank()}: another process has ended"
+            status, error = 1, "another process has ended"
         else:
             raise
     if error:
+        if parallel.local_rank() > 0 or status == 1:
+            time.sleep(10)  # if another process tells the error, torchrun ends this one meanwhile
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
@@ -302,7 +305,7 @@ class Run:
         self.networks: dict[str, dict] = {}  # trained in this round: name -> weights
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
-        self.path = Path(args.save_dir).expanduser() / run_name(args, data)
+        self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
         self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.experiment["data"] = data.identity
@@ -372,7 +375,9 @@ class Run:
             draws = partial(self.generator, name)
             models.train(network, *images, draws, after_epoch=after_epoch, **settings)
             self.training, self.networks[name] = None, network.state_dict()
-            self.save(signals, parallel.any_rank(bool(signals)))
+            self.save()
+            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
+                raise parallel.Stopped(*signals, signal.SIGTERM)
         return network
 
     def evaluate(self, network: models.ResNet) -> float:

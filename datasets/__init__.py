@@ -132,7 +132,8 @@ def create(
         for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
             identity.update(content)
     tested = test_targets < num_known
-    raw = raw._replace(test=raw.test[tested.numpy()], classes=tuple(np.array(raw.classes)[order]))
+    classes = tuple(raw.classes[label] for label in order)
+    raw = raw._replace(test=raw.test[tested.numpy()], classes=classes)
     targets = targets, test_targets[tested]
     return _open_set(dataset, name, raw, targets, num_known, device, identity.hexdigest()[:16])
 

@@ -37,8 +37,12 @@ def told(path: Path | str) -> Iterator[None]:
     """Turn an OSError inside, of writing to `path`, into the user's."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save ends with a RuntimeError on top of the OSError of the file that it fills.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
@@ -76,11 +80,11 @@ def lock(path: Path) -> FileLock:
     """Lock the file `path` until this process ends; UserError if another one holds it."""
     # A soft lock, filelock's way out, would outlive a killed process.
     held = FileLock(path, fallback_to_soft=False)
-    try:
-        with told(path):
+    with told(path):
+        try:
             held.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process holds {path}") from None
+        except Timeout:  # an OSError too
+            raise UserError(f"another process holds {path}") from None
     return held
 
 
@@ -135,6 +139,11 @@ class Journal:
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
                 folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # never opened; no space for the rest
+            self.text.close()
+            self.events.close()
 
     def note(self, line: str) -> None:
         """A line for NAME.log; the first one, the header, for TensorBoard as well."""

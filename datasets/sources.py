@@ -43,12 +43,12 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def expand(path: Path | str) -> Path:
+def expand(path: Path | str, flag: str = "--data-dir") -> Path:
     """Replace a leading `~`. Raises UserError if there is no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"--data-dir {path}: {error} Give the whole path.") from None
+        raise UserError(f"{flag} {path}: {error} Give the whole path.") from None
 
 
 def fetch(url: str, archive: Path, md5: str) -> None:

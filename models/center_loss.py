@@ -40,6 +40,6 @@ def step(centers: CenterLoss, optimizer, scaler, factor: float) -> None:
 
     With factor 1/weight the centres move as if their loss had weight 1 (Wen et al., algorithm 1).
     """
-    parallel.average(centers.centers.grad)
-    centers.centers.grad.mul_(factor)
+    parallel.add(centers.centers.grad)
+    centers.centers.grad.mul_(factor / parallel.world())
     scaler.step(optimizer)

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from datasets.files import UserError
 
@@ -24,9 +24,8 @@ _control = None  # process group of gloo, on CUDA too: of Python objects and of 
 
 
 def launched() -> bool:
-    """Whether this is one of several processes that torchrun, or what sets the same, started."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether this is one of several processes that torchrun started."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -62,13 +61,15 @@ def noted_signals() -> Iterator[list[int]]:
 def setup_device(args: Namespace) -> torch.device:
     """The device to use; under torchrun this process joins the others first.
 
-    Raises UserError if --gpu does not name one device for each process of this machine.
+    Raises UserError if --gpu does not name one device for each process of this machine, and for
+    what does not work under torchrun.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available() and not args.use_cpu:
         processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
         there, chosen = torch.cuda.device_count(), args.gpu or list(range(processes))
-        if len(set(chosen)) != processes or not set(chosen) <= set(range(there)):
+        distinct = set(chosen) & set(range(there))
+        if not len(distinct) == len(chosen) == processes:
             raise UserError(f"--gpu: choose {processes} (one per process) of {there} devices")
         device = torch.device("cuda", chosen[local_rank()])
         torch.cuda.set_device(device)
@@ -100,11 +101,17 @@ def keep_memory() -> None:
 def _join(backend: str) -> None:
     """Join the other processes that torchrun started."""
     global _control
-    store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store outlives a restart and still tells the dead processes' addresses.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    place = {"store": store, "rank": rank, "world_size": world}
+    start = ""
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        # torchrun's store outlives a restart and still tells the dead processes' addresses
+        # (PyTorch's issue 135712). Each machine counts restarts in its own way.
+        several = os.environ["GROUP_WORLD_SIZE"] != "1"
+        if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            needs = "--rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            raise UserError(f"to be restarted, several machines need {needs}")
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store, rank, world = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+    place = {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=STEP_TIMEOUT, **place)
     _control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
 
@@ -125,10 +132,7 @@ def world() -> int:
 
 
 def bounds(count: int) -> list[int]:
-    """Where the ranks' shares of `count` things begin and end: world + 1 numbers from 0 to count.
-
-    The larger shares come first, so rank 0 always has something to do.
-    """
+    """Where the shares of `count` things begin and end: world + 1 numbers from 0 to count."""
     base, extra = divmod(count, world())
     return [base * r + min(r, extra) for r in range(world() + 1)]
 
@@ -148,21 +152,19 @@ def share(begin: int, end: int) -> tuple[slice, float]:
     return mine, world() / (end - begin)
 
 
-def gather_rows(local: Tensor, counts: Sequence[int], dim: int) -> Tensor | None:
-    """Concatenate every rank's part along `dim` on rank 0; None on the others.
+def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor | None:
+    """Concatenate every rank's rows, (..., n, C), on rank 0; None on the others.
 
-    counts: the size along `dim` of each rank's part.
+    counts: the number of rows n of each rank.
     """
     if world() == 1:
-        return local
-    padding = list(local.shape)
-    padding[dim] = max(counts) - local.shape[dim]
-    local = torch.cat([local, local.new_zeros(padding)], dim)  # a collective wants equal shapes
-    parts = [torch.empty_like(local) for _ in counts] if rank() == 0 else None
-    dist.gather(local, parts, dst=0)
+        return rows
+    rows = F.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2]))  # all must have the same shape
+    parts = [torch.empty_like(rows) for _ in counts] if rank() == 0 else None
+    dist.gather(rows, parts, dst=0)
     if parts is None:
         return None
-    return torch.cat([p.narrow(dim, 0, c) for p, c in zip(parts, counts, strict=True)], dim)
+    return torch.cat([part[..., :n, :] for part, n in zip(parts, counts, strict=True)], -2)
 
 
 def from_rank0(compute: Callable[[], object]) -> object:
@@ -175,10 +177,7 @@ def from_rank0(compute: Callable[[], object]) -> object:
 
 
 def one_first(compute: Callable[[], object]) -> object:
-    """Run `compute` on every rank, on each machine on one before all others; its own result.
-
-    For what the first to come puts on the disk for the others.
-    """
+    """Run `compute` on every rank, but on one of each machine first, which may download."""
     if local_rank() == 0:
         result = compute()
     if world() > 1:
@@ -199,12 +198,6 @@ def add(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def average(tensor: Tensor) -> None:
-    """Average `tensor` over all ranks, in place on each."""
-    add(tensor)
-    tensor /= world()
-
-
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank; the same answer on all of them."""
     if world() == 1:
@@ -215,5 +208,5 @@ def any_rank(flag: bool) -> bool:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether `error` is that of a collective which another process has left."""
+    """Whether a collective raised `error` because another process has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -203,7 +203,7 @@ def predict(
             tensor[..., rows, :] = outputs[name]
     result = {}
     for name, tensor in filled.items():
-        result[name] = parallel.gather_rows(tensor[..., :n, :], counts, dim=tensor.ndim - 2)
+        result[name] = parallel.gather_rows(tensor[..., :n, :], counts)
         if result[name] is not None and not torch.isfinite(result[name]).all():
             raise UserError(f"the network's {name} are not finite: lower --lr-model")
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .outputs import PoolOutputs, distance_to, top_k
+from .outputs import CHUNK, PoolOutputs, distance_to, top_k
 
 READS = ("features", "logits")  # fields of PoolOutputs
 
@@ -40,7 +40,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row: (n, F) -> (n,) float64."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    return torch.cat([part.double().square().sum(1) for part in rows.split(CHUNK)])
 
 
 def squared_distances(

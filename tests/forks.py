@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE, LFOSA = "AL_center.py", "AL_center_temperature.py"
-UNTRAINED = ["--use-cpu", "--max-epoch", "0", "--query-strategy", "random", "--max-query", "2"]
+UNTRAINED = "--use-cpu --max-epoch 0 --query-strategy random --max-query 2".split()
 LIMIT = 300  # seconds after which a fork that hangs is killed
 
 
@@ -46,7 +45,7 @@ class Forks:
     def start(self, cwd, script, *arguments, before=""):
         """Start a script in folder `cwd` and return its process id.
 
-        before: Python source that the fork runs first, to patch something or to limit itself.
+        before: Python source that the fork runs first, to change what the script will meet.
         """
         argv = [str(ROOT / script), *map(str, arguments)]
         return self._ask(cwd=str(cwd), argv=argv, before=before)
@@ -60,16 +59,8 @@ class Forks:
         return self.wait(self.start(cwd, script, *arguments, before=before))
 
 
-def wait_for(path):
-    """Wait until a file is there."""
-    end = time.monotonic() + LIMIT
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.01)
-
-
 def at(module, function, call, action):
-    """Source for Forks: at this call of module.function (or class.method) first do `action`."""
+    """Source for Forks: at this call of module.function (or module:Class.method) do `action`."""
     return f"""
 import os, pathlib, pkgutil, signal, time
 module = pkgutil.resolve_name({module!r})
@@ -85,22 +76,22 @@ module.{function} = replacement
 
 
 def find(folder, suffix):
-    """The one file of a run in folder/log_AL that has the suffix; None without any."""
-    files = list((folder / "log_AL").glob(f"*.{suffix}"))
+    """The one file NAME.suffix of a run in folder/log_AL, None without any."""
+    files = (folder / "log_AL").glob(f"*.{suffix}")
+    files = [file for file in files if file.name.endswith(".model.pt") == (suffix == "model.pt")]
     assert len(files) <= 1
     return files[0] if files else None
 
 
 def assert_ends_well(ran):
     assert (ran.returncode, ran.stderr) == (0, ""), ran
-    assert "finished after" in ran.stdout
 
 
 def assert_one_line(ran, *parts):
     """It ended with exit status 2 and one line on stderr that has these parts."""
     assert ran.returncode == 2, ran
     assert len(ran.stderr.splitlines()) == 1, ran
-    for part in ("error: ", *parts):
+    for part in parts:
         assert part in ran.stderr, ran
 
 

@@ -491,7 +491,7 @@ def test_folder(tmp_path, part, capfd):
         check_arrays(raw, [images, labels, images, labels])
         assert raw.classes == ("ant", "bee", "cat, wild")
         assert isinstance(raw.train, kind)
-    assert "2 files" in capfd.readouterr().err
+    assert "1 files" in capfd.readouterr().err
     assert folder.load(data_dir, size=8).train.shape == (5, 8, 8, 3)
 
 
