@@ -234,6 +234,8 @@ def run_script(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as raised:
         if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
             status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
+        elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            status, error = 2, f"--compile does not work here, leave it out ({raised})"
         elif parallel.world() > 1 and parallel.lost(raised):
             status, error = 1, "another process has ended"
         else:
@@ -303,13 +305,13 @@ class Run:
         if data.sheets:  # may change from round to round
             del self.experiment["known_class"], self.experiment["query_batch"]
         self.answers = data.answers
+        self.journal: Journal | None = None
         if state := parallel.from_rank0(self._open):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
         if data.sheets:
             self._take_answers()
-        self.journal: Journal | None = None
         if parallel.rank() == 0:
             self._begin()
 
@@ -520,6 +522,8 @@ class Run:
             state |= {"format": FORMAT, "split": tuple(self.split)}
             write_whole(f"{self.path}.pt", partial(torch.save, state))
             self.saved = time.monotonic()
+            if self.journal:
+                self.journal.flush()
         if stop:
             raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
 
