@@ -518,12 +518,12 @@ class Run:
     def save(self, signals: Sequence[int] = (), stop: bool = False) -> None:
         """Write the checkpoint NAME.pt (rank 0); raise Stopped, because of `signals`, if asked."""
         if parallel.rank() == 0:
+            if self.journal:
+                self.journal.flush()
             state = {key: getattr(self, key) for key in STATE}
             state |= {"format": FORMAT, "split": tuple(self.split)}
             write_whole(f"{self.path}.pt", partial(torch.save, state))
             self.saved = time.monotonic()
-            if self.journal:
-                self.journal.flush()
         if stop:
             raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
 
