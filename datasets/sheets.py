@@ -47,13 +47,10 @@ class Sheets(NamedTuple):
 
 
 class _Row(NamedTuple):
-    sheet: str
-    number: int  # that of the header is 1
+    place: str  # such as "labels.csv, row 2", where row 1 is the header
     file: str
     label: str | None
-
-    def __str__(self) -> str:
-        return f"{self.sheet}, row {self.number}"
+    tested: bool  # whether it stands in test.csv
 
 
 def read(folder: Path, images: Collection[str]) -> Sheets:
@@ -68,31 +65,27 @@ def read(folder: Path, images: Collection[str]) -> Sheets:
     understood. Also if the queries have a gap or labels.csv no class. Raises OSError.
     """
     alike = {_plain(image): image for image in images} | {image: image for image in images}
-    sheets = {name: _rows(name, (folder / name).read_bytes(), alike) for name in _names(folder)}
-
-    names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}
-    for row in sheets["labels.csv"]:
-        names.setdefault(_fold(row.label), row.label)
+    names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}  # folded -> label; labels.csv adds its classes
+    sheets = {}
+    for sheet in _names(folder):
+        sheets[sheet] = _rows(sheet, (folder / sheet).read_bytes(), alike, names)
     classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
     if not classes:
         raise UserError("labels.csv has no class: label at least one image")
 
-    sheets = {name: [_with_name(row, names) for row in rows] for name, rows in sheets.items()}
     answers: dict[str, _Row] = {}  # file -> the first row that answers it
     for row in chain(*sheets.values()):
-        if not row.label:
-            continue
-        first = answers.setdefault(row.file, row)
-        if row.label != first.label or (row.sheet == TEST) != (first.sheet == TEST):
+        first = answers.setdefault(row.file, row) if row.label else row
+        if (row.label, row.tested) != (first.label, first.tested):
             raise UserError(
-                f"{row}: {row.file!r} is {row.label!r}, but {first.label!r} in {first}; an image "
-                f"has one answer, and not both in {TEST} and elsewhere"
+                f"{row.place}: {row.file!r} is {row.label!r}, but {first.label!r} in "
+                f"{first.place}; an image has one answer, and not both in {TEST} and elsewhere"
             )
     tests = sheets.pop(TEST, [])
     _, *queries = sheets.values()
     return Sheets(
         classes,
-        {file: row.label for file, row in answers.items() if row.sheet != TEST},
+        {file: row.label for file, row in answers.items() if not row.tested},
         {row.file: row.label for row in tests if row.label in classes},
         [
             {row.file: None for row in rows} | {row.file: row.label for row in rows if row.label}
@@ -131,17 +124,18 @@ def _names(folder: Path) -> list[str]:
     there = os.listdir(folder)
     matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in there]
     numbers = sorted(int(match[1]) for match in matches if match)
-    for expected, number in enumerate(numbers, start=1):
-        if number != expected:
-            raise UserError(f"query_{number}.csv is there, but query_{expected}.csv is not")
+    if numbers != [*range(1, len(numbers) + 1)]:
+        raise UserError(f"query_{numbers[-1]}.csv is there, but not every query sheet before it")
     names = ["labels.csv", *(f"query_{number}.csv" for number in numbers)]
     return [*names, TEST] if TEST in there else names
 
 
-def _rows(name: str, content: bytes, alike: dict[str, str]) -> list[_Row]:
-    """The rows of a sheet that name a file, with their labels as written.
+def _rows(
+    sheet: str, content: bytes, alike: dict[str, str], names: dict[str, str | None]
+) -> list[_Row]:
+    """The rows of a sheet that name a file. alike: a spelling of an image -> the image.
 
-    alike: a spelling of an image -> the image.
+    names: a folded label -> class, UNKNOWN, SKIP or None; labels.csv adds its classes to it.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -153,21 +147,31 @@ def _rows(name: str, content: bytes, alike: dict[str, str]) -> list[_Row]:
         for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
             table.append(cells)
     except csv.Error as error:
-        raise UserError(f"{name}, row {len(table) + 1}: quotes are misplaced ({error})") from error
+        raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
     header = [_fold(cell) for cell in table[0]] if table else []
     if not header.count("file") == header.count("label") == 1:
         raise UserError(
-            f"{name}, row 1: name one column file and one column label, separated by , or ;"
+            f"{sheet}, row 1: name one column file and one column label, separated by , or ;"
         )
     rows = []
     for number, cells in enumerate(table[1:], start=2):
         cell = dict(zip(header, cells, strict=False))  # a row may end early
         file, label = cell.get("file", ""), cell.get("label", "").strip()
-        if file.strip() or label:
-            row = _Row(name, number, alike.get(file) or alike.get(_plain(file)), label)
-            if not row.file:
-                raise UserError(f"{row}: the image {file!r} is not there")
-            rows.append(row)
+        if not file.strip() and not label:
+            continue
+        place, folded = f"{sheet}, row {number}", _fold(label)
+        image = alike.get(file) or alike.get(_plain(file))
+        if not image:
+            raise UserError(f"{place}: the image {file!r} is not there")
+        if sheet == "labels.csv":
+            names.setdefault(folded, label)
+        if folded not in names:
+            [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
+            raise UserError(
+                f"{place}: {label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
+                f"the nearest is {names[nearest]!r}"
+            )
+        rows.append(_Row(place, image, names[folded], sheet == TEST))
     return rows
 
 
@@ -179,15 +183,3 @@ def _plain(file: str) -> str:
 def _fold(text: str) -> str:
     """The form in which labels and column names are compared."""
     return unicodedata.normalize("NFC", text.strip().casefold())
-
-
-def _with_name(row: _Row, names: dict[str, str | None]) -> _Row:
-    """The row with its label as in `names`: folded -> class, UNKNOWN, SKIP or None."""
-    folded = _fold(row.label)
-    if folded not in names:
-        [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
-        raise UserError(
-            f"{row}: {row.label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
-            f"the nearest is {names[nearest]!r}"
-        )
-    return row._replace(label=names[folded])

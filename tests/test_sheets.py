@@ -160,7 +160,7 @@ def read(folder, **changed):
         ("query_1", "", "query_1.csv|file|label"),
         ("query_1", 'file,label,note\nb.png,,\na.png,,"\nd.png,cat,', "query_1.csv, row 3"),
         ("labels", "file,label\na.png,unknown\nb.png,", "labels.csv|class"),
-        ("query_3", "file,label", "query_3.csv|query_2.csv"),
+        ("query_3", "file,label", "query_3.csv"),
     ],
 )
 def test_a_fault_is_told_in_one_line_with_its_place(tmp_path, sheet, text, told):
