@@ -15,7 +15,7 @@ import numpy as np
 import torchvision
 
 from .files import UserError
-from .sources import Published, Raw, expand, first_sound
+from .sources import Published, Raw, expand, first_sound, note_other_md5
 
 # Per channel, of pixels in [0, 1]: the values of the published experiments.
 MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4867, 0.4408)}
@@ -38,6 +38,7 @@ def load(data_dir: Path, name: str) -> Raw:
 def _read(source: type, place: Path) -> Raw:
     """Read a folder of batches or an archive of it, of which `source` knows names and MD5s."""
     if place.is_file():
+        note_other_md5(place, source.tgz_md5)
         with tempfile.TemporaryDirectory() as folder:
             shutil.unpack_archive(place, folder, filter="data")
             return _read(source, Path(folder) / source.base_folder)

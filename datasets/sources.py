@@ -62,6 +62,12 @@ def other_md5(source: Path, md5: str) -> str:
     return "" if found == md5 else f" (MD5 {found}, the published file has {md5})"
 
 
+def note_other_md5(archive: Path, md5: str) -> None:
+    """Tell the user if an archive is not the published one."""
+    if other := other_md5(archive, md5):
+        note(f"{archive} is not the published file{other}; it is used if it is sound")
+
+
 def first_sound(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
     """Return what `read`, given a path, makes of the first source that is as it should be.
 

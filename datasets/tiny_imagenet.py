@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import images
 from .files import UserError, one_at_a_time
-from .sources import Published, Raw, expand, first_sound, note, other_md5
+from .sources import Published, Raw, expand, first_sound, note_other_md5
 
 SIZE = 64  # pixels, height and width of every image
 MEAN = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]: the usual ones of ImageNet
@@ -54,8 +54,7 @@ def _decode(cache: Path, source: Path) -> images.Decoded:
         files = {place: sizes[name] for place, name in names.items()}
         if decoded := images.cached(cache, SIZE, files):
             return decoded
-        if other := other_md5(source, PUBLISHED.md5):
-            note(f"{source} is not the published file{other}; it is used if it is sound")
+        note_other_md5(source, PUBLISHED.md5)
         to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
         return images.decode(cache, files, lambda place: read(names[place]), to_rgb, SIZE)
 
