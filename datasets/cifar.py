@@ -5,16 +5,17 @@ knows for it.
 """
 
 import hashlib
-import os
 import pickle
-import tarfile
+import shutil
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torchvision
 
 from .files import UserError
-from .sources import Raw, expand, fetch, first_sound
+from .sources import Published, Raw, expand, first_sound, note_other_md5
 
 # Per channel, of pixels in [0, 1]: the values of the published experiments.
 MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4867, 0.4408)}
@@ -24,66 +25,38 @@ STD = {"cifar10": (0.2023, 0.1994, 0.2010), "cifar100": (0.2675, 0.2565, 0.2761)
 def load(data_dir: Path, name: str) -> Raw:
     """50,000 training and 10,000 test images (32, 32, 3) of `name`, "cifar10" or "cifar100".
 
-    Labels are the (fine) class ids. Reads the first of these that is sound: the folder of the
-    batches below data_dir, data_dir itself, the archive in data_dir, which is downloaded if it
-    is missing. Raises UserError if no sound files can be had.
+    Labels are the (fine) class ids. Reads the folder of the batches below data_dir, data_dir
+    itself or the archive in data_dir, which is downloaded if nothing is there. Raises UserError if
+    no sound files can be had, and OSError.
     """
-    data_dir = expand(data_dir)
     source = getattr(torchvision.datasets, name.upper())
-    archive = data_dir / source.filename
-    sums = dict([*source.train_list, *source.test_list])  # file -> MD5
-    sums[source.meta["filename"]] = source.meta["md5"]
-
-    def read(place: Path) -> Raw:
-        if place == archive:
-            fetch(source.url, archive, source.tgz_md5)
-        return _arrays(_contents(place, sums), source)
-
-    base = source.base_folder
-    folders = [data_dir / base, data_dir / base / base, data_dir]
-    there = [path for path in folders if any((path / file).exists() for file in sums)]
-    remedy = f"put {archive.name} from {source.url} with MD5 {source.tgz_md5} into {data_dir}"
-    return first_sound([*there, archive], read, source.tgz_md5, remedy)
+    meta = source.meta["filename"]
+    published = Published(source.url, source.tgz_md5, source.base_folder, meta)
+    return first_sound(expand(data_dir), published, partial(_read, source))
 
 
-def _contents(place: Path, sums: dict[str, str]) -> dict[str, bytes]:
-    """Read files from a folder or an archive: name -> content, with the MD5 that `sums` gives.
-
-    Raises UserError if one is missing or has another MD5, OSError, and what tarfile raises.
-    """
-    if place.is_dir():
-        found = [place / file for file in sums if (place / file).exists()]
-        contents = {path.name: path.read_bytes() for path in found}
-    else:
-        with tarfile.open(place) as tar:
-            members = ((os.path.basename(member.name), member) for member in tar)
-            contents = {
-                file: tar.extractfile(member).read()
-                for file, member in members
-                if file in sums and member.isfile()
-            }
-    for file, md5 in sums.items():
-        if file not in contents:
-            raise UserError(f"{file} is missing")
-        if (found := hashlib.md5(contents[file], usedforsecurity=False).hexdigest()) != md5:
-            raise UserError(f"{file} has MD5 {found} instead of {md5}")
-    return contents
+def _read(source: type, place: Path) -> Raw:
+    """Read a folder of batches or an archive of it, of which `source` knows names and MD5s."""
+    if place.is_file():
+        note_other_md5(place, source.tgz_md5)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.unpack_archive(place, folder, filter="data")
+            return _read(source, Path(folder) / source.base_folder)
+    classes = _unpickle(place / source.meta["filename"], source.meta["md5"])[source.meta["key"]]
+    return Raw(*_arrays(place, source.train_list), *_arrays(place, source.test_list), (*classes,))
 
 
-def _arrays(contents: dict[str, bytes], source: type) -> Raw:
-    """Unpickle the files, whose MD5 is the published one."""
+def _arrays(place: Path, listed: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of batches. listed: file name and MD5."""
+    batches = [_unpickle(place / file, md5) for file, md5 in listed]
+    pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = [batch.get("fine_labels", batch.get("labels")) for batch in batches]
+    return pixels.transpose(0, 2, 3, 1), np.concatenate(labels).astype(np.int64)
 
-    def unpickle(file: str) -> dict:
-        return pickle.loads(contents.pop(file), encoding="latin1")
 
-    def batch(file: str) -> tuple[np.ndarray, list[int]]:
-        content = unpickle(file)
-        pixels = content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return pixels.copy(), content.get("fine_labels", content.get("labels"))
-
-    def arrays(listed: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-        pixels, labels = zip(*(batch(file) for file, _ in listed), strict=True)
-        return np.concatenate(pixels), np.concatenate(labels).astype(np.int64)
-
-    classes = unpickle(source.meta["filename"])[source.meta["key"]]
-    return Raw(*arrays(source.train_list), *arrays(source.test_list), tuple(classes))
+def _unpickle(path: Path, md5: str) -> dict:
+    """Raises UserError if the file has another MD5, and OSError."""
+    content = path.read_bytes()
+    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise UserError(f"{path.name} has MD5 {found} instead of {md5}")
+    return pickle.loads(content, encoding="latin1")

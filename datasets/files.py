@@ -1,7 +1,6 @@
 """Files: the user's error, locks, files written whole, checkpoints, and the journal of a run."""
 
 import contextlib
-import io
 import os
 import platform
 import shutil
@@ -146,45 +145,40 @@ def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
 def versions() -> str:
     """The versions of Python, of the packages and of this project that a result depends on."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-    found = [
-        f"python {platform.python_version()}",
-        *(f"{name} {version(name)}" for name in packages),
-    ]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = ""
     with contextlib.suppress(OSError):  # no git
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        found.append(f"commit {commit or 'unknown'}")
-    return ", ".join(found)
+    found = [f"{name} {version(name)}" for name in packages]
+    return ", ".join([f"python {platform.python_version()}", *found, f"commit {commit or '?'}"])
 
 
 class Journal:
     """NAME.log and TensorBoard's file of the run `path`; errors in writing are the user's."""
 
     def __init__(self, path: Path, tensorboard: bool, anew: bool) -> None:
-        self.path, self.events = path, None
-        folder = path.parent / "tb" / path.name
-        if anew:
-            shutil.rmtree(folder, ignore_errors=True)
+        self.log, self.folder, self.events = Path(f"{path}.log"), path.parent / "tb", None
         with told(path.parent):
-            self.text = io.FileIO(f"{path}.log", "w" if anew else "a")
+            if anew:
+                self.log.unlink(missing_ok=True)
+                shutil.rmtree(self.folder / path.name, ignore_errors=True)
             if tensorboard:
                 from tensorboardX.event_file_writer import EventsWriter  # slow to import
 
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
-                folder.mkdir(parents=True, exist_ok=True)
-                self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+                (self.folder / path.name).mkdir(parents=True, exist_ok=True)
+                self.events = EventsWriter(f"{self.folder / path.name}/events", f".{os.getpid()}")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # never opened; no space for the rest
-            self.text.close()
             self.events.close()
 
     def note(self, line: str) -> None:
         """A line for NAME.log; the first one, the header, for TensorBoard as well."""
-        if self.events and not self.text.tell():
-            self.record("text", "header", line)
-        with told(f"{self.path}.log"):
-            self.text.write(f"{line}\n".encode(errors="replace"))
+        with told(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+            if not file.tell():
+                self.record("text", "header", line)
+            file.write(f"{line}\n")
 
     def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
         """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
@@ -193,7 +187,7 @@ class Journal:
             from tensorboardX.proto.event_pb2 import Event
 
             content = getattr(summary, kind)(name, value)
-            with told(self.path.parent / "tb"):
+            with told(self.folder):
                 self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def flush(self) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,63 +33,51 @@ def walk(folder: Path | str, below: str = "") -> dict[str, int]:
     files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _hidden(entry.name):
+            if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 files |= walk(entry.path, f"{below}{entry.name}/")
             else:
-                files[below + entry.name] = entry.stat().st_size if entry.is_file() else 0
+                files[below + entry.name] = entry.stat().st_size
     return files
 
 
 def pictures(names: Iterable[str]) -> list[str]:
-    """Those names, sorted, that end as image files do and are not hidden."""
+    """Those names, sorted, that end as files do that Pillow reads, and are not hidden."""
     from PIL import Image
 
-    Image.init()
-    only_identified = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow cannot decode them
-    kinds = Image.OPEN.keys() - only_identified
-    endings = {end for end, kind in Image.registered_extensions().items() if kind in kinds}
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return [
         name
         for name in sorted(names)
-        if os.path.splitext(name)[1].lower() in endings and not any(map(_hidden, name.split("/")))
+        if os.path.splitext(name)[1].lower() in endings and "/." not in f"/{name}"
     ]
-
-
-def _hidden(name: str) -> bool:
-    """Whether a part of a name belongs to the system, a notebook or an archiver."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def labeled(decoded: Decoded) -> Raw:
     """Read parts and labels off the names: train/CLASS/... first, then those of the test images."""
     parts = [name.split("/") for name in decoded.files]
     count = sum(part == "train" for part, *_ in parts)
-    classes = sorted({name for _, name, *_ in parts})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[name] for _, name, *_ in parts], np.int64)
+    classes, labels = np.unique([name for _, name, *_ in parts], return_inverse=True)
     train, test = decoded.pixels[:count], decoded.pixels[count:]
-    names = tuple(decoded.files)
-    return Raw(train, labels[:count], test, labels[count:], tuple(classes), names)
+    names, classes = tuple(decoded.files), tuple(classes.tolist())
+    return Raw(train, labels[:count], test, labels[count:], classes, names)
 
 
 def cached(cache: Path, size: int, files: dict[str, int] | None = None) -> Decoded | None:
     """Return what `decode` wrote, the pixels memory-mapped and read-only.
 
     Returns None if there is no whole cache of this image size, or if it was made of other files
-    than `files`; None stands for any. Raises PermissionError.
+    than `files`; None stands for any. Raises OSError.
     """
     try:
         pixels = np.lib.format.open_memmap(cache, mode="r")
         with open(cache, "rb") as file:
             file.seek(pixels.offset + pixels.nbytes)
             found = Decoded(pixels, **json.load(file))
-    except PermissionError:
-        raise
-    except Exception:  # NumPy names no common class for a file that is not its own
+    except (FileNotFoundError, ValueError):
         return None
-    if pixels.shape != (len(found.files) - len(found.broken), size, size, 3):
+    if pixels.shape[1] != size:
         return None
     if files is not None and list(found.files.items()) != list(files.items()):
         note(f"{cache} was made of other files than there are now: they are decoded again")
@@ -119,9 +107,8 @@ def decode(
 
     pixels = np.zeros((len(files), size, size, 3), np.uint8)
 
-    def fill(item: tuple[int, str]) -> str:
+    def fill(row: int, name: str) -> str:
         """Decode one image into its row; return what is wrong with it."""
-        row, name = item
         try:
             with Image.open(io.BytesIO(read(name))) as image:
                 pixels[row] = convert(image)
@@ -132,7 +119,7 @@ def decode(
         return ""
 
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads:  # Pillow releases the GIL
-        faults = threads.imap(fill, enumerate(files), chunksize=32)
+        faults = threads.imap(lambda item: fill(*item), enumerate(files), chunksize=32)
         bar = tqdm(faults, "decoding", len(files), unit=" images", disable=None)
         broken = {name: fault for name, fault in zip(files, bar, strict=True) if fault}
     if broken and not leave_out:
@@ -140,17 +127,14 @@ def decode(
         raise UserError(f"{len(broken)} of {len(files)} images are broken: {first}")
     if broken:
         pixels = pixels[[row for row, name in enumerate(files) if name not in broken]]
-    said = dict(files=files, broken=broken)
 
-    def write(file: io.BufferedIOBase) -> None:
-        header = np.lib.format.header_data_from_array_1_0(pixels)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(pixels)
-        file.write(json.dumps(said).encode())
+    def write(file: BinaryIO) -> None:
+        np.save(file, pixels)
+        file.write(json.dumps({"files": files, "broken": broken}).encode())
 
     try:
         write_whole(cache, write)
     except UserError as error:
         note(f"{error}: the decoded images stay in memory")
-        return Decoded(pixels, **said)
-    return cached(cache, size) or Decoded(pixels, **said)
+        return Decoded(pixels, files, broken)
+    return cached(cache, size)

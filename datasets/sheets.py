@@ -6,14 +6,12 @@ query_2.csv, ... Each has a column `file`, the path of an image relative to the 
 Known are the classes of labels.csv. Sheets are read as spreadsheets save them.
 """
 
-import contextlib
 import csv
 import difflib
 import io
 import os
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import NamedTuple
 from .files import UserError, write_whole
 
 UNKNOWN, SKIP = "unknown", "skip"
+TEST = "test.csv"
 
 
 class Sheets(NamedTuple):
@@ -51,6 +50,7 @@ class _Row(NamedTuple):
     place: str  # such as "labels.csv, row 2", where row 1 is the header
     file: str
     label: str | None
+    tested: bool  # whether it stands in test.csv
 
 
 def read(folder: Path, images: Collection[str]) -> Sheets:
@@ -62,35 +62,31 @@ def read(folder: Path, images: Collection[str]) -> Sheets:
     on nor asked about.
     Raises UserError, in one line with sheet and row: a label or an image that does not exist, two
     different answers, an image of test.csv answered elsewhere, columns or quotes that cannot be
-    understood. Also if a sheet cannot be read, the queries have a gap or labels.csv no class.
+    understood. Also if the queries have a gap or labels.csv no class. Raises OSError.
     """
-    alike = defaultdict(list)
-    for image in images:
-        alike[_plain(image)].append(image)
-    sheets = {name: _rows(name, text, alike) for name, text in _texts(folder).items()}
-
-    names = {UNKNOWN: UNKNOWN, SKIP: SKIP}
-    for row in sheets["labels.csv"]:
-        if row.label:
-            names.setdefault(_fold(row.label), row.label)
-    classes = tuple(sorted(set(names.values()) - {UNKNOWN, SKIP}))
+    alike = {_plain(image): image for image in images} | {image: image for image in images}
+    names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}  # folded -> label; labels.csv adds its classes
+    sheets = {}
+    for sheet in _names(folder):
+        sheets[sheet] = _rows(sheet, (folder / sheet).read_bytes(), alike, names)
+    classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
     if not classes:
         raise UserError("labels.csv has no class: label at least one image")
 
-    sheets = {name: [_with_name(row, names) for row in rows] for name, rows in sheets.items()}
-    tests = sheets.pop("test.csv", [])
-    answers = _answers(chain(*sheets.values()))
-    for row in tests:
-        if row.file in answers:
+    answers: dict[str, _Row] = {}  # file -> the first row that answers it
+    for row in chain(*sheets.values()):
+        first = answers.setdefault(row.file, row) if row.label else row
+        if (row.label, row.tested) != (first.label, first.tested):
             raise UserError(
-                f"{row.place}: {row.file!r} is also in {answers[row.file].place}, but an image "
-                "cannot be both labeled and in the test set"
+                f"{row.place}: {row.file!r} is {row.label!r}, but {first.label!r} in "
+                f"{first.place}; an image has one answer, and not both in {TEST} and elsewhere"
             )
+    tests = sheets.pop(TEST, [])
     _, *queries = sheets.values()
     return Sheets(
         classes,
-        {file: row.label for file, row in answers.items()},
-        {file: row.label for file, row in _answers(tests).items() if row.label in classes},
+        {file: row.label for file, row in answers.items() if not row.tested},
+        {row.file: row.label for row in tests if row.label in classes},
         [
             {row.file: None for row in rows} | {row.file: row.label for row in rows if row.label}
             for rows in queries
@@ -123,61 +119,59 @@ def _write(path: Path, table: list[tuple[str, ...]]) -> None:
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 
 
-def _texts(folder: Path) -> dict[str, str]:
-    """Name -> content of labels.csv, the query sheets in order of number, and test.csv."""
-    try:
-        there = os.listdir(folder)
-        matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in there]
-        numbers = sorted(int(match[1]) for match in matches if match)
-        for expected, number in enumerate(numbers, start=1):
-            if number != expected:
-                raise UserError(f"query_{number}.csv is there, but query_{expected}.csv is not")
-        names = ["labels.csv", *(f"query_{number}.csv" for number in numbers)]
-        names += ["test.csv"] if "test.csv" in there else []
-        return {name: _decode(name, (folder / name).read_bytes()) for name in names}
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+def _names(folder: Path) -> list[str]:
+    """Names of the sheets: labels.csv, the query sheets in order of number, and test.csv."""
+    there = os.listdir(folder)
+    matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in there]
+    numbers = sorted(int(match[1]) for match in matches if match)
+    if numbers != [*range(1, len(numbers) + 1)]:
+        raise UserError(f"query_{numbers[-1]}.csv is there, but not every query sheet before it")
+    names = ["labels.csv", *(f"query_{number}.csv" for number in numbers)]
+    return [*names, TEST] if TEST in there else names
 
 
-def _decode(name: str, content: bytes) -> str:
-    for encoding in ("utf-8-sig", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return content.decode(encoding)
-    raise UserError(f"{name} is neither UTF-8 nor cp1252: save it as CSV in UTF-8")
+def _rows(
+    sheet: str, content: bytes, alike: dict[str, str], names: dict[str, str | None]
+) -> list[_Row]:
+    """The rows of a sheet that name a file. alike: a spelling of an image -> the image.
 
-
-def _rows(name: str, text: str, alike: dict[str, list[str]]) -> list[_Row]:
-    """The rows of a sheet that name a file, with their labels as written.
-
-    alike: plain name -> the images that have it.
+    names: a folded label -> class, UNKNOWN, SKIP or None; labels.csv adds its classes to it.
     """
-    for separator in ",;":
-        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = []
-        with contextlib.suppress(csv.Error):  # the wrong separator may break quoted names
-            header = [_fold(cell) for cell in next(table, [])]
-        if header.count("file") == header.count("label") == 1:
-            break
-    else:
-        raise UserError(
-            f"{name}, row 1: name one column file and one column label, separated by , or ;"
-        )
-    rows, number = [], 1
     try:
-        for number, cells in enumerate(table, start=2):
-            place = f"{name}, row {number}"
-            cell = dict(zip(header, cells, strict=False))  # a row may end early
-            file, label = cell.get("file", ""), cell.get("label", "").strip()
-            if not file.strip() and not label:
-                continue
-            found = alike.get(_plain(file), [])
-            found = [file] if file in found else found
-            if len(found) != 1:
-                fault = f"may be {' or '.join(map(repr, found))}" if found else "is not there"
-                raise UserError(f"{place}: the image {file!r} {fault}")
-            rows.append(_Row(place, found[0], label))
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    separator = max(",;", key=text.partition("\n")[0].count)
+    table = []
+    try:
+        for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
+            table.append(cells)
     except csv.Error as error:
-        raise UserError(f"{name}, row {number + 1}: quotes are misplaced ({error})") from error
+        raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
+    header = [_fold(cell) for cell in table[0]] if table else []
+    if not header.count("file") == header.count("label") == 1:
+        raise UserError(
+            f"{sheet}, row 1: name one column file and one column label, separated by , or ;"
+        )
+    rows = []
+    for number, cells in enumerate(table[1:], start=2):
+        cell = dict(zip(header, cells, strict=False))  # a row may end early
+        file, label = cell.get("file", ""), cell.get("label", "").strip()
+        if not file.strip() and not label:
+            continue
+        place, folded = f"{sheet}, row {number}", _fold(label)
+        image = alike.get(file) or alike.get(_plain(file))
+        if not image:
+            raise UserError(f"{place}: the image {file!r} is not there")
+        if sheet == "labels.csv":
+            names.setdefault(folded, label)
+        if folded not in names:
+            [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
+            raise UserError(
+                f"{place}: {label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
+                f"the nearest is {names[nearest]!r}"
+            )
+        rows.append(_Row(place, image, names[folded], sheet == TEST))
     return rows
 
 
@@ -189,27 +183,3 @@ def _plain(file: str) -> str:
 def _fold(text: str) -> str:
     """The form in which labels and column names are compared."""
     return unicodedata.normalize("NFC", text.strip().casefold())
-
-
-def _with_name(row: _Row, names: dict[str, str]) -> _Row:
-    """The row with its label as in `names` (folded -> class, UNKNOWN or SKIP), or None if empty."""
-    folded = _fold(row.label)
-    if folded and folded not in names:
-        [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
-        raise UserError(
-            f"{row.place}: {row.label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
-            f"the nearest is {names[nearest]!r}"
-        )
-    return row._replace(label=names.get(folded))
-
-
-def _answers(rows: Iterable[_Row]) -> dict[str, _Row]:
-    """The first answered row of each file. Raises UserError if a later answer differs."""
-    answers: dict[str, _Row] = {}
-    for row in rows:
-        if row.label and answers.setdefault(row.file, row).label != row.label:
-            first = answers[row.file]
-            raise UserError(
-                f"{row.place}: {row.file!r} is {row.label!r}, but {first.label!r} in {first.place}"
-            )
-    return answers

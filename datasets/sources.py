@@ -3,23 +3,18 @@
 Nothing that a user put into a data folder is ever changed or deleted.
 """
 
-import contextlib
-import http.client
 import os
-import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import torchvision
+from torchvision.datasets import utils
 
-from .files import UserError, one_at_a_time
-
-T = TypeVar("T")
+from .files import UserError, one_at_a_time, tell
 
 # What reading a broken archive, file or text raises; UserError is raised by our own checks.
 _FAULTS = (UserError, OSError, EOFError, RuntimeError, ValueError)
@@ -37,10 +32,20 @@ class Raw(NamedTuple):
     names: tuple[str, ...] = ()  # of the N + M image files, if there are such
 
 
+class Published(NamedTuple):
+    """A data set that its authors publish as an archive."""
+
+    url: str
+    md5: str  # of the archive
+    folder: str  # the one that the archive unpacks to
+    marker: str  # a file or folder in it
+    expected: str = ""  # what a folder must hold to be read
+
+
 def note(text: str) -> None:
     """Tell the user one line; under torchrun, the first process of each machine does."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        tell(f"note: {text}")
 
 
 def expand(path: Path | str, flag: str = "--data-dir") -> Path:
@@ -51,42 +56,49 @@ def expand(path: Path | str, flag: str = "--data-dir") -> Path:
         raise UserError(f"{flag} {path}: {error} Give the whole path.") from None
 
 
-def fetch(url: str, archive: Path, md5: str) -> None:
-    """Download an archive, unless it is there. Raises UserError if that fails, and OSError."""
-    part = archive.with_name(f".{archive.name}.part")  # what a killed download leaves
-    with one_at_a_time(archive.with_name(f".{archive.name}.lock")):
-        with contextlib.suppress(FileNotFoundError):
-            archive.stat()
-            return
-        try:
-            torchvision.datasets.utils.download_url(url, part.parent, part.name, md5)
-            os.replace(part, archive)
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"it is missing and cannot be downloaded ({error})") from error
+def other_md5(source: Path, md5: str) -> str:
+    """Say which MD5 an archive has, if it is not `md5`."""
+    found = utils.calculate_md5(source) if source.is_file() else md5
+    return "" if found == md5 else f" (MD5 {found}, the published file has {md5})"
 
 
-def first_sound(sources: Iterable[Path], read: Callable[[Path], T], md5: str, remedy: str) -> T:
-    """Return what `read` makes of the first source that is as it should be.
+def note_other_md5(archive: Path, md5: str) -> None:
+    """Tell the user if an archive is not the published one."""
+    if other := other_md5(archive, md5):
+        note(f"{archive} is not the published file{other}; it is used if it is sound")
 
-    A source is a folder or a file; md5 is that of the published archive. Raises UserError with
-    the faults of all sources and the remedy, in one line.
+
+def first_sound(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
+    """Return what `read`, given a path, makes of the first source that is as it should be.
+
+    Sources are the folder of the data set below data_dir, data_dir itself, the archive in
+    data_dir, and the cache. If there is none of them, the archive is downloaded. Raises UserError,
+    in one line, with the faults of all sources and what to do; raises OSError.
     """
+    archive = data_dir / data.url.rpartition("/")[2]
+    folders = [data_dir / data.folder, data_dir / data.folder / data.folder, data_dir]
+    sources = [folder for folder in folders if (folder / data.marker).exists()]
+    sources += [file for file in (archive, cache) if file and file.exists()]
     faults = []
-    for source in sources:
+    for source in sources or [archive]:
         try:
+            if not sources:
+                _download(archive, data)
             result = read(source)
-        except OSError as error:
-            faults.append(f"{source}: {error}")
         except _FAULTS as error:
-            faults.append(f"{source}: {error}{other_md5(source, md5)}")
+            faults.append(f"{source}: {error}{other_md5(source, data.md5)}")
         else:
             for fault in faults:
                 note(f"{fault}: {source} is used instead")
             return result
-    raise UserError(" ".join(f"{'; '.join(faults)}: {remedy}".splitlines()))
+    remedy = f"put {archive.name} from {data.url} with MD5 {data.md5} into {data_dir}"
+    raise UserError(" ".join(f"{'; '.join(faults)}: {data.expected}{remedy}".split()))
 
 
-def other_md5(source: Path, md5: str) -> str:
-    """Say which MD5 an archive has, if it is not `md5`."""
-    found = torchvision.datasets.utils.calculate_md5(source) if source.is_file() else md5
-    return "" if found == md5 else f" (MD5 {found}, the published file has {md5})"
+def _download(archive: Path, data: Published) -> None:
+    """Download the archive, unless another process has done so meanwhile."""
+    part = archive.with_name(f".{archive.name}.part")  # what a killed download leaves
+    with one_at_a_time(archive.with_name(f".{archive.name}.lock")):
+        if not archive.exists():
+            utils.download_url(data.url, part.parent, part.name, data.md5)
+            os.replace(part, archive)

@@ -18,21 +18,14 @@ LATIN = ["a", "b", "7", " ", ",", ";", '"', "'", "é", "ñ", "ß"]  # what cp125
 OTHERS = [*LATIN, "e\N{COMBINING ACUTE ACCENT}", "日", "ж"]
 
 
-def folded(text):
-    return unicodedata.normalize("NFC", text.casefold())
-
-
 def words(pieces, **sizes):
     """Lists of words that differ in more than case or the form of their Unicode."""
     word = st.lists(st.sampled_from(pieces), min_size=1, max_size=5).map("".join).map(str.strip)
+
+    def folded(text):
+        return unicodedata.normalize("NFC", text.casefold())
+
     return st.lists(word.filter(bool), unique_by=folded, **sizes)
-
-
-def encoded(text):
-    """The text in each encoding that can write it."""
-    for encoding in ("utf-8", "utf-8-sig", "cp1252"):
-        with contextlib.suppress(UnicodeEncodeError):
-            yield text.encode(encoding)
 
 
 def save(draw, path, rows, verbatim=0):
@@ -60,7 +53,11 @@ def save(draw, path, rows, verbatim=0):
         lines.append(line([cells[name] for name in columns]))
         if pick(False, False, True):
             lines.append(separator * pick(0, len(columns), 7))  # an empty row
-    path.write_bytes(pick(*encoded(newline.join(lines) + newline * pick(0, 1, 2))))
+    text, encoded = newline.join(lines) + newline * pick(0, 1, 2), []
+    for encoding in ("utf-8", "utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeEncodeError):
+            encoded.append(text.encode(encoding))
+    path.write_bytes(pick(*encoded))
 
 
 @settings(deadline=None, max_examples=300)
@@ -100,8 +97,8 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
         for file, label in rows:
             expected[file] = label or expected.get(file)
         assert list(got.queries[number - 1].items()) == list(expected.items())
-        given_answers = list(expected.values())
-        unknown, known = given_answers.count("unknown"), sum(map(given_answers.count, classes))
+        answers = list(expected.values())
+        unknown, known = answers.count("unknown"), sum(map(answers.count, classes))
         precision = known / (known + unknown) if known + unknown else None
         assert got.precision(number) == precision
     assert got.waiting == (count > 0 and not any(label for _, label in queries[-1]))
@@ -112,44 +109,39 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
 def test_a_written_query_is_filled_in_and_read(data, names):
     """A script fills the sheet in; no later sheet takes its place."""
     images = [f"{name}.png" for name in names]
-    answers = [data.draw(st.sampled_from(["Cat", "unknown", "skip", None])) for _ in images[1:]]
+    answers = [data.draw(st.sampled_from(["Cat", "unknown", "skip", None])) for _ in images]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, query = Path(name), Path(name, "query_1.csv")
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
-        query = folder / "query_1.csv"
-        sheets.write_query(query, [(file, "Cat", 1 / 3) for file in images[1:]])
+        sheets.write_query(query, [(file, "Cat", 1 / 3) for file in images])
         assert sheets.read(folder, [*images, "start.png"]).waiting
         with query.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["file"] for row in rows] == images[1:]
-        assert all(abs(float(row["probability"]) - 1 / 3) < 1e-3 for row in rows)
-        assert {row["predicted"] for row in rows} == {"Cat"}
+        assert [row["file"] for row in rows] == images
+        assert {(row["predicted"], row["probability"]) for row in rows} == {("Cat", "0.3333")}
         with query.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            writer.writerows(
-                row | {"label": answer} for row, answer in zip(rows, answers, strict=True)
-            )
+            for row, answer in zip(rows, answers, strict=True):
+                writer.writerow(row | {"label": answer})
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
             sheets.write_query(query, [(images[0], "Cat", 0.5)])
         assert query.read_bytes() == filled
         [got] = sheets.read(folder, [*images, "start.png"]).queries
-    assert list(got.items()) == list(zip(images[1:], answers, strict=True))
-
-
-GOOD = {
-    "labels.csv": "file,label\na.png,cat\nb.png,Dög\n\nc.png,unknown\nf.png,\n",
-    "test.csv": "file,label\ne.png,cat\n",
-    "query_1.csv": "file,predicted,probability,label\nd.png,cat,0.9,Dög\n",
-}
+    assert list(got.items()) == list(zip(images, answers, strict=True))
 
 
 def read(folder, **changed):
-    """Read GOOD with some sheets changed (query_1=... for query_1.csv); None removes one."""
-    for name, text in (GOOD | {f"{sheet}.csv": text for sheet, text in changed.items()}).items():
+    """Read good sheets, some of them changed: query_1=... for query_1.csv; None removes one."""
+    good = {
+        "labels": "file,label\na.png,cat\nb.png,Dög\n\nc.png,unknown\nf.png,\n",
+        "test": "file,label\ne.png,cat\n",
+        "query_1": "file,predicted,probability,label\nd.png,cat,0.9,Dög\n",
+    }
+    for name, text in (good | changed).items():
         if text is not None:
-            (folder / name).write_text(text, encoding="latin-1" if "\x81" in text else "utf-8")
+            (folder / f"{name}.csv").write_text(text, encoding="utf-8")
     return sheets.read(folder, [f"{letter}.png" for letter in "abcdefgh"])
 
 
@@ -157,47 +149,26 @@ def read(folder, **changed):
     ("sheet", "text", "told"),
     [
         ("query_1", "file,label\n\nd.png,dgö", "query_1.csv, row 3|dgö|Dög"),
-        ("query_1", "file,label\nd.png,unkown", "query_1.csv, row 2|'unknown'"),
-        ("query_1", 'file,label\nd.png,"a\nb"', "query_1.csv, row 2"),
-        ("test", "file,label\ne.png,ct", "test.csv, row 2|cat"),
+        ("test", "file,label\ne.png,unkown", "test.csv, row 2|'unknown'"),
         ("query_1", 'note;file;label\n"a\nb";d.png;\n;"z\n.png";cat', "query_1.csv, row 3|z"),
         ("labels", "file,label\na.png,cat\n,cat", "labels.csv, row 3"),
         ("labels", "file,label\na.png,cat\na.png,Dög", "labels.csv, row 3|labels.csv, row 2|Dög"),
         ("query_1", "label,file\nskip,a.png", "query_1.csv, row 2|labels.csv, row 2|skip|cat"),
         ("test", "file,label\na.png,cat", "test.csv, row 2|labels.csv, row 2|a.png"),
-        ("test", "file,label\nd.png,unknown", "test.csv, row 2|query_1.csv, row 2|d.png"),
         ("query_1", "file,predicted\nd.png,cat", "query_1.csv, row 1|label"),
         ("query_1", "file,label,Label\nd.png,,cat", "query_1.csv, row 1|label"),
         ("query_1", "", "query_1.csv|file|label"),
         ("query_1", 'file,label,note\nb.png,,\na.png,,"\nd.png,cat,', "query_1.csv, row 3"),
-        ("query_1", 'file,label,"note\nd.png,cat,', "query_1.csv, row 1"),
-        ("query_1", "file,label\n\x81.png,cat", "query_1.csv|UTF-8"),
         ("labels", "file,label\na.png,unknown\nb.png,", "labels.csv|class"),
-        ("labels", None, "labels.csv|No such file"),
-        ("query_3", "file,label", "query_3.csv|query_2.csv"),
+        ("query_3", "file,label", "query_3.csv"),
     ],
 )
 def test_a_fault_is_told_in_one_line_with_its_place(tmp_path, sheet, text, told):
     with pytest.raises(UserError) as caught:
         read(tmp_path, **{sheet: text})
-    for words in told.split("|"):
-        assert words in str(caught.value)
+    for part in told.split("|"):
+        assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_sheet_that_cannot_be_read_is_told(tmp_path):
-    (tmp_path / "query_2.csv").mkdir()
-    with pytest.raises(UserError, match=r"query_2\.csv: Is a directory"):
-        read(tmp_path)
-
-
-def test_an_ambiguous_name_is_told_and_an_exact_one_is_not_ambiguous(tmp_path):
-    images = ["a/b.png", "a\\b.png"]
-    (tmp_path / "labels.csv").write_text("file,label\na\\b.png,cat\na/b.png,dog\n")
-    assert sheets.read(tmp_path, images).labels == {"a\\b.png": "cat", "a/b.png": "dog"}
-    (tmp_path / "labels.csv").write_text("file,label\n./a/b.png,cat\n")
-    with pytest.raises(UserError, match=r"labels\.csv, row 2"):
-        sheets.read(tmp_path, images)
 
 
 def test_other_files_are_no_sheets_and_classes_keep_their_first_spelling(tmp_path):

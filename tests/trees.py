@@ -18,34 +18,33 @@ def picture(rng, size=(64, 64), mode="RGB", kind="JPEG", **options):
     return file.getvalue()
 
 
-def tiny_imagenet(classes=3, train=11, val=12, root=f"{ROOT}/"):
+def tiny_imagenet(classes=3, train=11, val=12):
     """The files of Tiny ImageNet with fewer classes, in an order that is not the one of the labels.
 
     train: training images per class; val: validation images, number i of class i % classes.
     """
     rng = np.random.default_rng(0)
     wnids = [f"n{10 * number:08}" for number in range(classes)]
-    files = {f"{root}wnids.txt": "\n".join(wnids).encode()}
+    files = {f"{ROOT}/wnids.txt": "\n".join(wnids).encode()}
     for wnid in reversed(wnids):
-        files[f"{root}train/{wnid}/{wnid}_boxes.txt"] = b""
+        files[f"{ROOT}/train/{wnid}/{wnid}_boxes.txt"] = b""
         for number in reversed(range(train)):
-            mode = "L" if number == 1 else "RGB"
-            content = picture(rng, mode=mode)
-            files[f"{root}train/{wnid}/images/{wnid}_{number}.JPEG"] = content
+            content = picture(rng, mode="L" if number == 1 else "RGB")
+            files[f"{ROOT}/train/{wnid}/images/{wnid}_{number}.JPEG"] = content
     lines = ""
     for number in reversed(range(val)):
-        files[f"{root}val/images/val_{number}.JPEG"] = picture(rng)
+        files[f"{ROOT}/val/images/val_{number}.JPEG"] = picture(rng)
         lines += f"val_{number}.JPEG\t{wnids[number % classes]}\t0\t0\t62\t62\n"
-    files[f"{root}val/val_annotations.txt"] = lines.encode()
-    files[f"{root}test/images/test_0.JPEG"] = picture(rng)
+    files[f"{ROOT}/val/val_annotations.txt"] = lines.encode()
+    files[f"{ROOT}/test/images/test_0.JPEG"] = picture(rng)
     return files
 
 
-def class_folders(classes=("ant", "bee", "cat"), train=5, test=3, size=(16, 12), root=""):
+def class_folders(classes=("ant", "bee", "cat"), train=5, test=3, size=(16, 12)):
     """PNG files in train/CLASS/ and test/CLASS/."""
     rng = np.random.default_rng(0)
     return {
-        f"{root}{part}/{name}/{number}.png": picture(rng, size, kind="PNG")
+        f"{part}/{name}/{number}.png": picture(rng, size, kind="PNG")
         for part, count in (("train", train), ("test", test))
         for name in classes
         for number in range(count)
