@@ -120,7 +120,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
         "A,B",
         "names of the known classes instead",
     )
-    add(group, "--image-size", COUNT, None, "N", "pixels of the images of a folder (default: 64)")
+    add(group, "--image-size", COUNT, None, "N", "pixels, height and width of a folder's images")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
     group = parser.add_argument_group("network and training")

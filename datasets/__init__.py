@@ -62,7 +62,7 @@ DATASETS = {
     "folder": Dataset(
         folder.load,
         *(tiny_imagenet.MEAN, tiny_imagenet.STD, True),
-        dict(known_class=None, init_percent=8, query_batch=None, max_epoch=100)
+        dict(known_class=None, init_percent=8, query_batch=None, image_size=64, max_epoch=100)
         | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01),
     ),
 }
@@ -111,7 +111,7 @@ def create(
         raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
     try:
         if name == "folder" and annotator.is_annotated(data_dir):
-            return _annotated(dataset, data_dir, image_size or 64, device)
+            return _annotated(dataset, data_dir, image_size, device)
         raw = dataset.load(Path(data_dir), **({"size": image_size} if image_size else {}))
     except OSError as error:
         reason = error.strerror or error

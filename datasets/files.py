@@ -193,5 +193,5 @@ class Journal:
     def flush(self) -> None:
         """Bring TensorBoard's numbers to the disk: what comes later, a resumed run does again."""
         if self.events:
-            with told(self.path.parent / "tb"):
+            with told(self.folder):
                 self.events.flush()
