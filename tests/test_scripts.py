@@ -271,3 +271,23 @@ def test_readme_names_what_there_is_and_its_commands_parse(parse):
     assert len(commands) >= 2
     for script, arguments in commands:
         parse(script == LFOSA, *arguments.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_strategy_sees_the_labels_of_the_pool(monkeypatch, tmp_path, strategy):
+    """The first query of LfOSA's script is the same when the pool's labels are shuffled."""
+    words = "script.py --use-cpu --max-epoch 1 --mc-samples 2 --no-tensorboard".split()
+    words += ["--query-strategy", strategy, "--save-dir"]
+    queries = []
+    for shuffled in (False, True):
+        monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / str(shuffled))])
+        run = utils.start("test", detector=True)
+        split = next(run.rounds())
+        if shuffled:
+            targets = run.data.targets.clone()
+            targets[split.pool] = targets[split.pool[torch.randperm(len(split.pool))]]
+            assert not targets.equal(run.data.targets)
+            run.data = run.data._replace(targets=targets)
+        detector = run.train("detector", 5, split.labeled)
+        queries.append(run.select(run.predict(detector, split)).tolist())
+    assert queries[0] == queries[1]
