@@ -75,7 +75,7 @@ def cached(cache: Path, size: int, files: dict[str, int] | None = None) -> Decod
         with open(cache, "rb") as file:
             file.seek(pixels.offset + pixels.nbytes)
             found = Decoded(pixels, **json.load(file))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):  # not whole, or of another version
         return None
     if pixels.shape[1] != size:
         return None
