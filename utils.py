@@ -228,7 +228,8 @@ def run_script(main: Callable[[], None]) -> None:
         if parallel.rank() == 0:
             words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
             command = shlex.join([sys.executable, *words, "--resume"])
-            tell(f"stopped; go on with: {'torchrun as before' if parallel.launched() else command}")
+            same = "the same torchrun line and --resume"
+            tell(f"stopped; go on with: {same if parallel.launched() else command}")
     except UserError as raised:
         status, error = 2, raised
     except (MemoryError, RuntimeError) as raised:
