@@ -156,6 +156,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(either, "--resume", "go on from the checkpoint, if there is one")
     switch(either, "--overwrite", "replace the files of an earlier run")
     args = parser.parse_args()
+    if args.known and args.class_seed is not None:
+        parser.error("--known names the known classes: leave --class-seed out")
     args.settings = _settings(args, parser)
     return args
 
