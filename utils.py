@@ -48,8 +48,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
             value = kind(text)
             if low <= value < high and not (above and value == low):
                 return value
-        bounds = f"{'above' if above else 'from'} {low:g} and below {high:g}"
-        raise ArgumentTypeError(f"{text!r} is no {kind.__name__} {bounds}")
+        what = "an integer" if kind is int else "a number"
+        bounds = f"{'above' if above else 'from'} {low:g} and below {high:.10g}"
+        raise ArgumentTypeError(f"{text!r} is not {what} {bounds}")
 
     return convert
 

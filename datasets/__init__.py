@@ -109,10 +109,11 @@ def create(
     dataset = DATASETS[name]
     if image_size and name != "folder":
         raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
+    size = image_size or dataset.defaults.get("image_size")
     try:
         if name == "folder" and annotator.is_annotated(data_dir):
-            return _annotated(dataset, data_dir, image_size, device)
-        raw = dataset.load(Path(data_dir), **({"size": image_size} if image_size else {}))
+            return _annotated(dataset, data_dir, size, device)
+        raw = dataset.load(Path(data_dir), **({"size": size} if size else {}))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error

@@ -66,7 +66,7 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, so that of several runs started together only one downloads.
 
-    Does nothing where the folder cannot be written to or its file system has no locks.
+    Do nothing if the folder cannot be written to or if its file system has no locks.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
