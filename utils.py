@@ -66,6 +66,11 @@ def devices(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def names(text: str) -> list[str]:
+    """argparse type: names of classes, separated by commas."""
+    return text.split(",")
+
+
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
 POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=True)
@@ -112,15 +117,9 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--query-batch", COUNT, None, "N", "images queried per round")
     add(group, "--max-query", COUNT, 10, "N", "rounds")
     add(group, "--seed", SIZE, 1, "N", "of every random draw")
-    add(group, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
-    add(
-        group,
-        "--known",
-        lambda text: text.split(","),
-        None,
-        "A,B",
-        "names of the known classes instead",
-    )
+    which = group.add_mutually_exclusive_group()
+    add(which, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
+    add(which, "--known", names, None, "A,B", "names of the known classes instead")
     add(group, "--image-size", COUNT, None, "N", "pixels, height and width of a folder's images")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
@@ -157,8 +156,6 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(either, "--resume", "go on from the checkpoint, if there is one")
     switch(either, "--overwrite", "replace the files of an earlier run")
     args = parser.parse_args()
-    if args.known and args.class_seed is not None:
-        parser.error("--known names the known classes: leave --class-seed out")
     args.settings = _settings(args, parser)
     return args
 
@@ -235,10 +232,10 @@ def run_script(main: Callable[[], None]) -> None:
             tell(f"stopped; go on with: {same if parallel.launched() else command}")
     except UserError as raised:
         status, error = 2, raised
-    except (MemoryError, RuntimeError) as raised:
-        if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
-            status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
-        elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
+    except (MemoryError, torch.OutOfMemoryError):
+        status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
+    except RuntimeError as raised:
+        if type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status, error = 2, f"--compile does not work here, leave it out ({raised})"
         elif parallel.world() > 1 and parallel.lost(raised):
             status, error = 1, "another process has ended"
@@ -424,8 +421,6 @@ class Run:
         for name, value in measures.items():
             self.log[name][done] = value
             self.record(name, value, done)
-        for name, indices in split._asdict().items():
-            self.record(f"count/{name}", len(indices), done)
         if data.sheets and done - 1 in self.log["Precision"]:
             measures["Precision"] = self.log["Precision"][done - 1]  # of the newest answers
         cells = [f"{len(indices):,}" for indices in split]
