@@ -99,25 +99,24 @@ def test_a_start_with_nothing_labeled_or_nothing_left_is_refused(percent):
         open_set.initial_split(torch.arange(1000) % 2 == 0, percent, seeded(0))
 
 
-@pytest.mark.parametrize("known_class", [1, 4, 9])
-@pytest.mark.parametrize("class_seed", [None, 0, 1])
-def test_classes_are_renumbered_alike_in_training_and_test(known_class, class_seed):
-    """Known are the first classes, in the data set's order or in a shuffled one."""
-    raw = digits.load(None)
-    order = np.arange(10)
-    if class_seed is not None:
-        order = np.random.default_rng(class_seed).permutation(10)
-    number = {label: min(place, known_class) for place, label in enumerate(order.tolist())}
-    device = torch.device("cpu")
-    data = datasets.create("digits", "", device, known_class=known_class, class_seed=class_seed)
-    assert data.targets.tolist() == [number[label] for label in raw.train_labels.tolist()]
-    assert torch.equal(data.known, data.targets < known_class)
-    test = [number[label] for label in raw.test_labels.tolist()]
-    assert data.test_targets.tolist() == [n for n in test if n < known_class]
-    for images, expected in (
-        (data.train, raw.train),
-        (data.test, raw.test[np.array(test) < known_class]),
-    ):
+@pytest.mark.parametrize(
+    "options, order, num_known",
+    [
+        ({}, range(10), 4),  # as published
+        ({"known_class": 9, "class_seed": 1}, np.random.default_rng(1).permutation(10), 9),
+        ({"known": ["7", "2"]}, [2, 7, 0, 1, 3, 4, 5, 6, 8, 9], 2),
+    ],
+)
+def test_classes_are_renumbered_alike_in_training_and_test(options, order, num_known):
+    raw, data = digits.load(None), datasets.create("digits", "", torch.device("cpu"), **options)
+    assert (data.num_known, data.classes) == (num_known, tuple(map(str, order)))
+    number = {label: min(place, num_known) for place, label in enumerate(order)}
+    assert data.targets.tolist() == [number[label] for label in raw.train_labels]
+    assert torch.equal(data.known, data.targets < num_known)
+    test = np.array([number[label] for label in raw.test_labels])
+    tested = test < num_known
+    assert data.test_targets.tolist() == test[tested].tolist()
+    for images, expected in ((data.train, raw.train), (data.test, raw.test[tested])):
         assert (images.pixels[:-1].view(expected.shape).numpy() == expected).all()
 
 

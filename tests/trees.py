@@ -40,27 +40,25 @@ def tiny_imagenet(classes=3, train=11, val=12):
     return files
 
 
-def class_folders(classes=("ant", "bee", "cat"), train=5, test=3, size=(16, 12)):
-    """PNG files in train/CLASS/ and test/CLASS/."""
+def class_folders(*classes):
+    """Five PNG files in each train/CLASS/, and three in each test/CLASS/."""
     rng = np.random.default_rng(0)
+    numbers = [("train", number) for number in range(5)] + [("test", number) for number in range(3)]
     return {
-        f"{part}/{name}/{number}.png": picture(rng, size, kind="PNG")
-        for part, count in (("train", train), ("test", test))
+        f"{part}/{name}/{number}.png": picture(rng, (16, 12), kind="PNG")
         for name in classes
-        for number in range(count)
+        for part, number in numbers
     }
 
 
 def write_folder(folder, files):
     for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 
 def write_zip(archive, files):
-    archive.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in files.items():
             file.writestr(name, content)
