@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 
@@ -148,8 +151,6 @@ class Journal:
                 self.log.unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
             if tensorboard:
-                from tensorboardX.event_file_writer import EventsWriter  # slow to import
-
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
                 folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
@@ -168,9 +169,6 @@ class Journal:
     def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
         """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
         if self.events:
-            from tensorboardX import summary
-            from tensorboardX.proto.event_pb2 import Event
-
             content = getattr(summary, kind)(name, value)
             with told(self.log.parent):
                 self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))

@@ -64,25 +64,31 @@ def first_sound(data_dir: Path, data: Published, read: Callable, cache: Path | N
     """
     archive, faults = data_dir / data.url.rpartition("/")[2], []
     folders = [data_dir / data.folder, data_dir / data.folder / data.folder, data_dir]
-    with one_at_a_time(data_dir / f".{data.folder}.lock"):
-        sources = [folder for folder in folders if (folder / data.marker).exists()]
-        sources += [file for file in (archive, cache) if file and file.exists()]
-        for source in sources or [archive]:
-            other = ""
-            if source.is_file() and cache not in sources:
-                md5 = utils.calculate_md5(source)
-                other = f" (MD5 {md5} instead of {data.md5})" if md5 != data.md5 else ""
-            try:
-                if not sources:
-                    part = f".{archive.name}.part"  # what a killed download leaves
-                    utils.download_url(data.url, data_dir, part, data.md5)
-                    os.replace(data_dir / part, archive)
-                result = read(source)
-            except _FAULTS as error:
-                faults.append(f"{source}{other}: {error}")
-                continue
-            if faults or other:
-                note(f"{'; '.join([*faults, f'{source}{other} is used'])}")
-            return result
+    sources = [folder for folder in folders if (folder / data.marker).exists()]
+    sources += [file for file in (archive, cache) if file and file.exists()]
+    for source in sources or [archive]:
+        other = ""
+        if source.is_file() and cache not in sources:
+            md5 = utils.calculate_md5(source)
+            other = f" (MD5 {md5} instead of {data.md5})" if md5 != data.md5 else ""
+        try:
+            if not sources:
+                _download(archive, data)
+            result = read(source)
+        except _FAULTS as error:
+            faults.append(f"{source}{other}: {error}")
+            continue
+        if faults or other:
+            note("; ".join([*faults, f"{source}{other} is used"]))
+        return result
     remedy = f"put {archive.name} from {data.url} with MD5 {data.md5} into {data_dir}"
     raise UserError(f"{'; '.join(faults)}: {remedy}")
+
+
+def _download(archive: Path, data: Published) -> None:
+    """Download the archive, unless another process has done so meanwhile."""
+    part = archive.with_name(f".{archive.name}.part")  # what a killed download leaves
+    with one_at_a_time(archive.with_name(f".{archive.name}.lock")):
+        if not archive.exists():
+            utils.download_url(data.url, part.parent, part.name, data.md5)
+            os.replace(part, archive)

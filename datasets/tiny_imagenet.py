@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from . import images
-from .files import UserError
+from .files import UserError, one_at_a_time
 from .sources import Published, Raw, expand, first_sound
 
 SIZE = 64  # pixels, height and width of every image
@@ -37,7 +37,8 @@ def load(data_dir: Path) -> Raw:
     """
     data_dir = expand(data_dir)
     cache = data_dir / f"{PUBLISHED.folder}.npy"
-    return images.labeled(first_sound(data_dir, PUBLISHED, partial(_read, cache), cache))
+    with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
+        return images.labeled(first_sound(data_dir, PUBLISHED, partial(_read, cache), cache))
 
 
 def _read(cache: Path, source: Path) -> images.Decoded:
