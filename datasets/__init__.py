@@ -4,7 +4,6 @@ To add one: a module with `load` returning `sources.Raw`, and an entry in DATASE
 name, which separates the parts of a log's name.
 """
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 
 from . import annotator, augment, cifar, digits, folder, tiny_imagenet
@@ -21,7 +21,7 @@ from .augment import Images
 from .files import UserError
 from .open_set import Split
 from .sheets import Sheets
-from .sources import Raw
+from .sources import Raw, expand
 
 
 class Dataset(NamedTuple):
@@ -30,40 +30,41 @@ class Dataset(NamedTuple):
     load: Callable  # data_dir -> sources.Raw; of a folder also the size of the images
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
-    flip: bool  # whether augmentation mirrors images
     defaults: dict  # arguments whose published value depends on the data set
+    flip: bool = True  # whether augmentation mirrors images
 
 
 _PUBLISHED = dict(query_batch=1500, max_epoch=100, model="resnet18", feat_dim=2)
 _PUBLISHED |= dict(batch_size=128, lr_model=0.01)
+_SMALL = dict(max_epoch=100, model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01)
+_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 DATASETS = {
     "cifar10": Dataset(
-        partial(cifar.load, name="cifar10"),
-        *(cifar.MEAN["cifar10"], cifar.STD["cifar10"], True),
-        dict(known_class=2, init_percent=1, **_PUBLISHED),
+        partial(cifar.load, source=torchvision.datasets.CIFAR10),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        defaults=_PUBLISHED | dict(known_class=2, init_percent=1),
     ),
     "cifar100": Dataset(
-        partial(cifar.load, name="cifar100"),
-        *(cifar.MEAN["cifar100"], cifar.STD["cifar100"], True),
-        dict(known_class=20, init_percent=8, **_PUBLISHED),
+        partial(cifar.load, source=torchvision.datasets.CIFAR100),
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        defaults=_PUBLISHED | dict(known_class=20, init_percent=8),
     ),
     "TinyImagenet": Dataset(
-        tiny_imagenet.load,
-        *(tiny_imagenet.MEAN, tiny_imagenet.STD, True),
-        dict(known_class=20, init_percent=8, **_PUBLISHED),
+        tiny_imagenet.load, **_IMAGENET, defaults=_PUBLISHED | dict(known_class=20, init_percent=8)
     ),
     "digits": Dataset(
         digits.load,
-        *(digits.MEAN, digits.STD, False),
-        dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40)
-        | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.02),
+        mean=(0.3054,) * 3,  # of the training images, which are grey
+        std=(0.3760,) * 3,
+        flip=False,
+        defaults=_SMALL
+        | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02),
     ),
     "folder": Dataset(
-        folder.load,
-        *(tiny_imagenet.MEAN, tiny_imagenet.STD, True),
-        dict(known_class=None, init_percent=8, query_batch=None, image_size=64, max_epoch=100)
-        | dict(model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01),
+        folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
     ),
 }
 
@@ -103,105 +104,69 @@ def create(
     Known are the classes named by `known`; without it the first `known_class` (None: the default
     of the data set, of a folder half of its classes) in the data set's own order, as published,
     or after shuffling all classes with class_seed. image_size is that of the images of a folder,
-    64 by default. Raises UserError in one line if the data cannot be had, or if a run would lack
-    an unknown class or images of a known one.
+    64 by default. Raises UserError if the data cannot be had, or if a run would lack an unknown
+    class or images of a known one.
     """
-    dataset = DATASETS[name]
-    if image_size and name != "folder":
+    dataset, own = DATASETS[name], name == "folder"
+    if image_size and not own:
         raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
-    size = image_size or dataset.defaults.get("image_size")
+    size, more = {"size": image_size or 64} if own else {}, {}
     try:
-        if name == "folder" and annotator.is_annotated(data_dir):
-            return _annotated(dataset, data_dir, size, device)
-        raw = dataset.load(Path(data_dir), **({"size": size} if size else {}))
+        if own and annotator.is_annotated(data_dir):
+            raw, said, split, left_out = annotator.load(data_dir, **size)
+            K, identity = len(raw.classes), str(expand(data_dir).resolve())
+            content = repr((raw.names, said.classes, said.labels, said.test, split.pool.tolist()))
+            answers = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
+            more = dict(names=raw.names, sheets=said, split=split, left_out=left_out)
+            more["answers"] = answers
+        else:
+            raw = dataset.load(Path(data_dir), **size)
+            known_class = known_class or dataset.defaults.get("known_class")
+            raw, K, identity = _renumbered(raw, known_class, class_seed, known, own)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
-    if known_class is None:
-        known_class = dataset.defaults["known_class"] or len(raw.classes) // 2
-    own = name == "folder"
     name = folder.log_name(data_dir) if own else name
-    order, num_known = _order(name, raw.classes, known_class, class_seed, known)
-    _check(name, raw, order[:num_known])
-
-    place = np.empty(len(order), np.int64)  # of each class in the order that starts with the known
-    place[order] = np.arange(len(order))
-    targets = torch.from_numpy(place[raw.train_labels]).clamp(max=num_known)
-    test_targets = torch.from_numpy(place[raw.test_labels])
-    identity = hashlib.sha256(targets.numpy().tobytes() + test_targets.numpy().tobytes())
-    if own:  # another folder may have the same name
-        for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
-            identity.update(content)
-    tested = test_targets < num_known
-    classes = tuple(raw.classes[label] for label in order)
-    raw = raw._replace(test=raw.test[tested.numpy()], classes=classes)
-    targets = targets, test_targets[tested]
-    return _open_set(dataset, name, raw, targets, num_known, device, identity.hexdigest()[:16])
-
-
-def _annotated(dataset: Dataset, data_dir: str, size: int, device: torch.device) -> OpenSetData:
-    """The images of a folder, with what a person has answered."""
-    raw, said, split, left_out = annotator.load(data_dir, size)
-    targets = torch.from_numpy(raw.train_labels), torch.from_numpy(raw.test_labels)
-    place = os.path.realpath(os.path.expanduser(data_dir))
-    name, K = folder.log_name(data_dir), len(raw.classes)
-    data = _open_set(dataset, name, raw, targets, K, device, place)
-    content = repr((raw.names, said.classes, said.labels, said.test, split.pool.tolist()))
-    answers = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
-    known = dict(names=raw.names, sheets=said, split=split, answers=answers, left_out=left_out)
-    return data._replace(**known)
-
-
-def _open_set(
-    dataset: Dataset,
-    name: str,
-    raw: Raw,
-    targets: tuple[Tensor, Tensor],
-    num_known: int,
-    device: torch.device,
-    identity: str,
-) -> OpenSetData:
-    """Put images and targets, of the training and of the test images, on the device."""
     padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
     style = dataset.mean, dataset.std, padding, dataset.flip, device
     train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
-    targets, test_targets = (labels.to(device) for labels in targets)
-    known = targets.cpu() < num_known
-    sets = train, targets, known, test, test_targets
-    return OpenSetData(name, *sets, raw.classes, num_known, dataset.mean, dataset.std, identity)
+    targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
+    sets = train, targets.to(device), targets < K, test, test_targets.to(device)
+    return OpenSetData(name, *sets, raw.classes, K, dataset.mean, dataset.std, identity, **more)
 
 
-def _order(
-    name: str,
-    classes: tuple[str, ...],
-    known_class: int,
-    class_seed: int | None,
-    known: list[str] | None,
-) -> tuple[np.ndarray, int]:
-    """All labels in the order that starts with the known classes, and the number of these."""
-    order = np.arange(len(classes))
+def _renumbered(
+    raw: Raw, known_class: int | None, class_seed: int | None, known: list[str] | None, own: bool
+) -> tuple[Raw, int, str]:
+    """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
+
+    own: whether other data may have the same name. Returns also K and the identity. Raises
+    UserError if a known class lacks images, or if no training image is unknown.
+    """
+    count = len(raw.classes)
+    order, K = np.arange(count), known_class or count // 2
     if known is not None:
-        for wanted in known:
-            if wanted not in classes:
-                near = difflib.get_close_matches(wanted, classes, 1) or classes[:10]
-                raise UserError(f"--known {wanted}: {name} has no such class; {', '.join(near)}?")
-        chosen = np.isin(classes, known)
-        order, known_class = np.concatenate([order[chosen], order[~chosen]]), int(chosen.sum())
+        for name in set(known) - set(raw.classes):
+            raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
+        order, K = np.argsort(~np.isin(raw.classes, known), kind="stable"), len(set(known))
     elif class_seed is not None:
-        order = np.random.default_rng(class_seed).permutation(len(classes))
-    if not 0 < known_class < len(classes):
-        flag = f"--known-class {known_class}" if known is None else f"--known {','.join(known)}"
-        raise UserError(
-            f"{flag}: {name} has {len(classes)} classes, of which one at least is unknown: "
-            f"choose 1 to {len(classes) - 1}"
-        )
-    return order, known_class
-
-
-def _check(name: str, raw: Raw, known: np.ndarray) -> None:
-    """Raise UserError if a known class lacks images, or if no training image is unknown."""
-    for kind, labels in (("training", raw.train_labels), ("test", raw.test_labels)):
-        if missing := [raw.classes[label] for label in known if label not in labels]:
-            raise UserError(f"{name} has no {kind} images of known classes: {', '.join(missing)}")
-    if np.isin(raw.train_labels, known).all():
-        raise UserError(f"{name} has no training image of an unknown class")
+        order = np.random.default_rng(class_seed).permutation(count)
+    if not 0 < K < count:
+        what = f"the data has {count} classes, of which one at least is unknown"
+        raise UserError(f"--known-class {K}: {what}: choose 1 to {count - 1}")
+    classes = tuple(raw.classes[label] for label in order)
+    place = np.argsort(order)
+    targets, test_targets = place[raw.train_labels], place[raw.test_labels]
+    for kind, labels in (("training", targets), ("test", test_targets)):
+        if missing := [classes[label] for label in range(K) if label not in labels]:
+            raise UserError(f"there are no {kind} images of known classes: {', '.join(missing)}")
+    if targets.max() < K:
+        raise UserError("there is no training image of an unknown class")
+    targets = np.minimum(targets, K)
+    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes())
+    if own:
+        for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
+            identity.update(content)
+    tested = test_targets < K
+    sets = raw.train, targets, raw.test[tested], test_targets[tested]
+    return Raw(*sets, classes), K, identity.hexdigest()[:16]

@@ -64,7 +64,7 @@ def augment(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
 
 
 def source_pixels(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
-    """For every output pixel the row of `images.pixels` it comes from: (B, H, W) int64."""
+    """For every output pixel, the row of `images.pixels` that it comes from: (B, H, W) int64."""
     height, width = images.height, images.width
     x = torch.arange(width, dtype=torch.int32, device=index.device)
     y = torch.arange(height, dtype=torch.int32, device=index.device).view(-1, 1)
@@ -83,16 +83,14 @@ def source_pixels(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
 def draw(images: Images, count: int, generator: torch.Generator) -> Tensor:
     """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU.
 
-    Columns: six rotation coefficients (`rotation`), left and top of the crop relative to the
-    stored image (-padding..padding), flip (0 or 1). Drawn on the CPU so that every device sees
-    the same stream.
+    Columns: six coefficients of `rotation`, left and top of the crop (-padding..padding), flip
+    (0 or 1). Drawn on the CPU so that every device sees the same numbers.
     """
     p = images.padding
     crop = torch.randint(-p, p + 1, (count, 2), generator=generator)
     flip = torch.randint(0, 2, (count, 1), generator=generator) * int(images.flip)
-    angle = torch.empty(count, dtype=torch.float64).uniform_(
-        -MAX_ANGLE, MAX_ANGLE, generator=generator
-    )
+    angle = torch.empty(count, dtype=torch.float64)
+    angle.uniform_(-MAX_ANGLE, MAX_ANGLE, generator=generator)
     return torch.cat([rotation(angle, images.height, images.width), crop, flip], 1).int()
 
 

@@ -12,38 +12,31 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torchvision
 
 from .files import UserError
-from .sources import Published, Raw, expand, first_sound, note_other_md5
-
-# Per channel, of pixels in [0, 1]: the values of the published experiments.
-MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4867, 0.4408)}
-STD = {"cifar10": (0.2023, 0.1994, 0.2010), "cifar100": (0.2675, 0.2565, 0.2761)}
+from .sources import Published, Raw, expand, first_sound
 
 
-def load(data_dir: Path, name: str) -> Raw:
-    """50,000 training and 10,000 test images (32, 32, 3) of `name`, "cifar10" or "cifar100".
+def load(data_dir: Path, source: type) -> Raw:
+    """50,000 training and 10,000 test images (32, 32, 3); labels are the (fine) class ids.
 
-    Labels are the (fine) class ids. Reads the folder of the batches below data_dir, data_dir
-    itself or the archive in data_dir, which is downloaded if nothing is there. Raises UserError if
-    no sound files can be had, and OSError.
+    source: torchvision's CIFAR10 or CIFAR100. Reads the folder of the batches below data_dir,
+    data_dir itself or the archive in data_dir, which is downloaded if nothing is there. Raises
+    UserError if no sound files can be had.
     """
-    source = getattr(torchvision.datasets, name.upper())
-    meta = source.meta["filename"]
-    published = Published(source.url, source.tgz_md5, source.base_folder, meta)
+    name = source.meta["filename"]
+    published = Published(source.url, source.tgz_md5, source.base_folder, name)
     return first_sound(expand(data_dir), published, partial(_read, source))
 
 
 def _read(source: type, place: Path) -> Raw:
     """Read a folder of batches or an archive of it, of which `source` knows names and MD5s."""
     if place.is_file():
-        note_other_md5(place, source.tgz_md5)
         with tempfile.TemporaryDirectory() as folder:
             shutil.unpack_archive(place, folder, filter="data")
             return _read(source, Path(folder) / source.base_folder)
-    classes = _unpickle(place / source.meta["filename"], source.meta["md5"])[source.meta["key"]]
-    return Raw(*_arrays(place, source.train_list), *_arrays(place, source.test_list), (*classes,))
+    names = _unpickle(place / source.meta["filename"], source.meta["md5"])[source.meta["key"]]
+    return Raw(*_arrays(place, source.train_list), *_arrays(place, source.test_list), tuple(names))
 
 
 def _arrays(place: Path, listed: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:

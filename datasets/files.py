@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 
@@ -75,25 +78,6 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def lock(path: Path) -> FileLock:
-    """Lock the file `path` until this process ends; UserError if another one holds it."""
-    # A soft lock, filelock's way out, would outlive a killed process.
-    held = FileLock(path, fallback_to_soft=False)
-    with told(path):
-        try:
-            held.acquire(timeout=0)
-        except Timeout:  # an OSError too
-            raise UserError(f"another process holds {path}") from None
-    return held
-
-
-def check_space(folder: Path, need: int) -> None:
-    """Raise UserError if the disk of `folder` has less than `need` bytes free."""
-    disk = shutil.disk_usage(folder)
-    if disk.free < need and disk.total:  # some file systems do not tell
-        raise UserError(f"{folder} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
-
-
 def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLock, Path | None]:
     """Lock the files `path`.* of a run; return the lock, and the checkpoint to go on from, if any.
 
@@ -102,17 +86,25 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
     """
     if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
         raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
+    # A soft lock, filelock's way out, would outlive a killed process.
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     with told(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    held = lock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # an OSError too
+            raise UserError(f"another process holds {path}") from None
     log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
     there = [file for file in (log, checkpoint) if file.exists()]
-    if there and not (resume or overwrite):
-        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
-    if there == [log] and resume:
-        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
-    check_space(path.parent, need - (checkpoint.stat().st_size if checkpoint in there else 0))
-    return held, checkpoint if resume and checkpoint in there else None
+    go_on = resume and checkpoint in there
+    if there and not (go_on or overwrite):
+        needs = f"--resume, which needs {checkpoint}, or --overwrite"
+        raise UserError(f"{there[0]} is there already: start with {needs}")
+    need -= checkpoint.stat().st_size if checkpoint in there else 0
+    disk = shutil.disk_usage(path.parent)
+    if disk.free < need and disk.total:  # some file systems do not tell
+        raise UserError(f"{path} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
+    return lock, checkpoint if go_on else None
 
 
 def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
@@ -128,46 +120,40 @@ def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch names no common class for a file that is no checkpoint
-        what = "put a good copy there, or start again with --overwrite"
-        raise UserError(f"{path} is damaged: {what}") from error
+        raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
     if state.get("format") != version:
-        what = "finish the run with that one, or start again with --overwrite"
-        raise UserError(f"{path} was made by an earlier version: {what}")
-    old = state["experiment"]
-    differ = [
-        f"{key} was {old.get(key)}, is {v}" for key, v in experiment.items() if old.get(key) != v
-    ]
-    if differ:
-        raise UserError(f"{path} is of another run: {'; '.join(differ)}")
+        raise UserError(f"{path} is of an earlier version: finish with that one, or --overwrite it")
+    for key, value in experiment.items():
+        if (old := state["experiment"].get(key)) != value:
+            raise UserError(f"{path} is of another run: {key} was {old}, is {value}")
     return state
 
 
 def versions() -> str:
     """The versions of Python, of the packages and of this project that a result depends on."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-    commit = ""
+    found = [f"python {platform.python_version()}"]
+    found += [f"{name} {version(name)}" for name in packages]
     with contextlib.suppress(OSError):  # no git
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = [f"{name} {version(name)}" for name in packages]
-    return ", ".join([f"python {platform.python_version()}", *found, f"commit {commit or '?'}"])
+        found.append(f"commit {commit or '?'}")
+    return ", ".join(found)
 
 
 class Journal:
     """NAME.log and TensorBoard's file of the run `path`; errors in writing are the user's."""
 
     def __init__(self, path: Path, tensorboard: bool, anew: bool) -> None:
-        self.log, self.folder, self.events = Path(f"{path}.log"), path.parent / "tb", None
+        self.log, self.events, folder = Path(f"{path}.log"), None, path.parent / "tb" / path.name
         with told(path.parent):
             if anew:
                 self.log.unlink(missing_ok=True)
-                shutil.rmtree(self.folder / path.name, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             if tensorboard:
-                from tensorboardX.event_file_writer import EventsWriter  # slow to import
-
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
-                (self.folder / path.name).mkdir(parents=True, exist_ok=True)
-                self.events = EventsWriter(f"{self.folder / path.name}/events", f".{os.getpid()}")
+                folder.mkdir(parents=True, exist_ok=True)
+                self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # never opened; no space for the rest
@@ -183,15 +169,12 @@ class Journal:
     def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
         """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
         if self.events:
-            from tensorboardX import summary
-            from tensorboardX.proto.event_pb2 import Event
-
             content = getattr(summary, kind)(name, value)
-            with told(self.folder):
+            with told(self.log.parent):
                 self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def flush(self) -> None:
         """Bring TensorBoard's numbers to the disk: what comes later, a resumed run does again."""
         if self.events:
-            with told(self.folder):
+            with told(self.log.parent):
                 self.events.flush()

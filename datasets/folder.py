@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
 from . import images
@@ -25,17 +26,13 @@ def load(data_dir: Path, size: int = 64) -> Raw:
     """
     data_dir = expand(data_dir)
     files = list_images(data_dir)
-    parts = {
-        part: [name for name in files if name.startswith(f"{part}/") and name.count("/") > 1]
+    train, test, val = (
+        [name for name in files if re.match(f"{part}/.*/", name)]
         for part in ("train", "test", "val")
-    }
-    train, test = parts["train"], parts["test"] or parts["val"]
+    )
+    test = test or val
     if not train or not test:
-        raise UserError(
-            f"{data_dir} has {len(train)} training and {len(test)} test images: expected are "
-            "images in train/CLASS/ and in test/CLASS/ or val/CLASS/; or labels.csv, to label them "
-            "by hand"
-        )
+        raise UserError(f"{data_dir} needs images in train/CLASS/ and test/CLASS/, or labels.csv")
     if others := len(files) - len(train) - len(test):
         note(f"{others} images in {data_dir} are in no train/CLASS/ or test/CLASS/: ignored")
     return images.labeled(read(data_dir, {name: files[name] for name in train + test}, size))
@@ -62,15 +59,13 @@ def read(
     Raises UserError that names broken images; with leave_out, returns all but those.
     """
     cache = data_dir / f".lfosa-cache-{size}.npy"
+    fit = partial(_fit, size=size)
+
+    def content(name: str) -> bytes:
+        return (data_dir / name).read_bytes()
+
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
-        return images.cached(cache, size, files) or images.decode(
-            cache,
-            files,
-            lambda name: (data_dir / name).read_bytes(),
-            partial(_fit, size=size),
-            size,
-            leave_out=leave_out,
-        )
+        return images.decode(cache, files, content, fit, size, leave_out)
 
 
 def log_name(data_dir: str) -> str:
@@ -79,10 +74,8 @@ def log_name(data_dir: str) -> str:
     return re.sub(r"^\.|[^a-zA-Z0-9.-]", "-", name) or "folder"
 
 
-def _fit(image, size: int):
+def _fit(image: Image.Image, size: int) -> Image.Image:
     """The PIL image upright, in RGB, its shorter side resized to `size`, and centre cropped."""
-    from PIL import Image, ImageOps
-
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's conversion would make nearly everything white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -4,14 +4,18 @@ The array lies in a cache: one file, hence there as a whole or not at all. It is
 followed by JSON that says what it was made of.
 """
 
+import contextlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from .files import UserError, write_whole
 from .sources import Raw, note
@@ -31,27 +35,21 @@ def walk(folder: Path | str, below: str = "") -> dict[str, int]:
     Follows links; leaves out hidden files and folders. Raises OSError.
     """
     files = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                files |= walk(entry.path, f"{below}{entry.name}/")
-            else:
-                files[below + entry.name] = entry.stat().st_size
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            files |= walk(entry.path, f"{below}{entry.name}/")
+        else:
+            files[below + entry.name] = entry.stat().st_size
     return files
 
 
 def pictures(names: Iterable[str]) -> list[str]:
     """Those names, sorted, that end as files do that Pillow reads, and are not hidden."""
-    from PIL import Image
-
-    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return [
-        name
-        for name in sorted(names)
-        if os.path.splitext(name)[1].lower() in endings and "/." not in f"/{name}"
-    ]
+    kinds = Image.registered_extensions().items()
+    endings = tuple(end for end, kind in kinds if kind in Image.OPEN)
+    return sorted(x for x in names if x.lower().endswith(endings) and "/." not in f"/{x}")
 
 
 def labeled(decoded: Decoded) -> Raw:
@@ -64,25 +62,18 @@ def labeled(decoded: Decoded) -> Raw:
     return Raw(train, labels[:count], test, labels[count:], classes, names)
 
 
-def cached(cache: Path, size: int, files: dict[str, int] | None = None) -> Decoded | None:
+def cached(cache: Path) -> Decoded:
     """Return what `decode` wrote, the pixels memory-mapped and read-only.
 
-    Returns None if there is no whole cache of this image size, or if it was made of other files
-    than `files`; None stands for any. Raises OSError.
+    Raises UserError if there is no whole cache, and OSError.
     """
     try:
         pixels = np.lib.format.open_memmap(cache, mode="r")
         with open(cache, "rb") as file:
             file.seek(pixels.offset + pixels.nbytes)
-            found = Decoded(pixels, **json.load(file))
-    except (FileNotFoundError, ValueError, TypeError):  # not whole, or of another version
-        return None
-    if pixels.shape[1] != size:
-        return None
-    if files is not None and list(found.files.items()) != list(files.items()):
-        note(f"{cache} was made of other files than there are now: they are decoded again")
-        return None
-    return found
+            return Decoded(pixels, **json.load(file))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise UserError("it is not whole, or of an earlier version") from error
 
 
 def decode(
@@ -93,18 +84,18 @@ def decode(
     size: int,
     leave_out: bool = False,
 ) -> Decoded:
-    """Decode image files in the order of `files`, and write the cache.
+    """Decode `files`, name -> bytes, in this order; or map the cache if it was made of the same.
 
     read gives the content of a file; convert makes a PIL image one of size x size pixels in RGB.
     Several threads call both. Raises UserError that names up to ten broken images, or with
-    leave_out returns the others; raises OSError if a file cannot be read. If the cache cannot be
-    written, the pixels stay in memory.
+    leave_out returns the others; raises OSError if a file cannot be read.
     """
-    from multiprocessing.pool import ThreadPool
-
-    from PIL import Image
-    from tqdm import tqdm
-
+    with contextlib.suppress(UserError):
+        found = cached(cache)
+        if list(found.files.items()) == list(files.items()) and (leave_out or not found.broken):
+            return found
+        del found  # Windows replaces no file that is mapped
+        note(f"{cache} was made of other files than there are now: they are decoded again")
     pixels = np.zeros((len(files), size, size, 3), np.uint8)
 
     def fill(row: int, name: str) -> str:
@@ -126,7 +117,7 @@ def decode(
         first = ", ".join(f"{name} ({fault})" for name, fault in list(broken.items())[:10])
         raise UserError(f"{len(broken)} of {len(files)} images are broken: {first}")
     if broken:
-        pixels = pixels[[row for row, name in enumerate(files) if name not in broken]]
+        pixels = pixels[[name not in broken for name in files]]
 
     def write(file: BinaryIO) -> None:
         np.save(file, pixels)
@@ -137,4 +128,4 @@ def decode(
     except UserError as error:
         note(f"{error}: the decoded images stay in memory")
         return Decoded(pixels, files, broken)
-    return cached(cache, size)
+    return cached(cache)

@@ -15,25 +15,21 @@ class Split(NamedTuple):
 
     labeled: Tensor  # known images whose label has been seen, sorted
     invalid: Tensor  # images found unknown, in the order of the queries: one entry per query
-    pool: (
-        Tensor  # what can be queried, sorted; holds the invalid images too, unless they are dropped
-    )
+    pool: Tensor  # what can be queried, sorted; with the invalid images, unless they are dropped
 
 
 def initial_split(known: Tensor, init_percent: float, generator: torch.Generator) -> Split:
     """Label floor(known images * init_percent / 100) known images drawn at random.
 
-    known: (N,) bool, whether each training image is of a known class. All else is the pool.
-    Raises UserError where that leaves no labeled image, or no known one in the pool.
+    known: (N,) bool, whether each training image is of a known class. All others are the pool.
+    Raises UserError if no image would be labeled, or no known one in the pool.
     """
     candidates = known.nonzero().view(-1)
     # As typed: in binary floats, 18.4 % of 375 is a little less than 69.
     count = math.floor(len(candidates) * Fraction(str(init_percent)) / 100)
     if not 0 < count < len(candidates):
-        raise UserError(
-            f"--init-percent {init_percent:g} labels {count} of {len(candidates)} known images: "
-            "choose it so that at least one is labeled and at least one is left for the pool"
-        )
+        what = f"--init-percent {init_percent:g} labels {count} of {len(candidates)} known images"
+        raise UserError(f"{what}: at least one must be labeled, and one left for the pool")
     drawn = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
     pool = torch.ones(len(known), dtype=torch.bool).index_fill_(0, drawn, False)
     return Split(drawn.sort().values, torch.empty(0, dtype=torch.int64), pool.nonzero().view(-1))
@@ -42,7 +38,7 @@ def initial_split(known: Tensor, init_percent: float, generator: torch.Generator
 def update(split: Split, queried: Tensor, known: Tensor, drop_unknown: bool) -> Split:
     """The split after the oracle has answered for `queried` (indices into the training images).
 
-    Known images move to labeled. Unknown ones become invalid and stay in the pool, as in the
+    Known images become labeled. Unknown ones become invalid and stay in the pool, as in the
     published experiments; with `drop_unknown` they leave it, as in later papers.
     """
     is_known = known[queried]

@@ -39,7 +39,6 @@ class Published(NamedTuple):
     md5: str  # of the archive
     folder: str  # the one that the archive unpacks to
     marker: str  # a file or folder in it
-    expected: str = ""  # what a folder must hold to be read
 
 
 def note(text: str) -> None:
@@ -56,43 +55,34 @@ def expand(path: Path | str, flag: str = "--data-dir") -> Path:
         raise UserError(f"{flag} {path}: {error} Give the whole path.") from None
 
 
-def other_md5(source: Path, md5: str) -> str:
-    """Say which MD5 an archive has, if it is not `md5`."""
-    found = utils.calculate_md5(source) if source.is_file() else md5
-    return "" if found == md5 else f" (MD5 {found}, the published file has {md5})"
-
-
-def note_other_md5(archive: Path, md5: str) -> None:
-    """Tell the user if an archive is not the published one."""
-    if other := other_md5(archive, md5):
-        note(f"{archive} is not the published file{other}; it is used if it is sound")
-
-
 def first_sound(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
     """Return what `read`, given a path, makes of the first source that is as it should be.
 
     Sources are the folder of the data set below data_dir, data_dir itself, the archive in
-    data_dir, and the cache. If there is none of them, the archive is downloaded. Raises UserError,
-    in one line, with the faults of all sources and what to do; raises OSError.
+    data_dir, and the cache. If there is none of them, the archive is downloaded. Raises UserError
+    with the faults of all sources and what to do.
     """
-    archive = data_dir / data.url.rpartition("/")[2]
+    archive, faults = data_dir / data.url.rpartition("/")[2], []
     folders = [data_dir / data.folder, data_dir / data.folder / data.folder, data_dir]
     sources = [folder for folder in folders if (folder / data.marker).exists()]
     sources += [file for file in (archive, cache) if file and file.exists()]
-    faults = []
     for source in sources or [archive]:
+        other = ""
+        if source.is_file() and cache not in sources:
+            md5 = utils.calculate_md5(source)
+            other = f" (MD5 {md5} instead of {data.md5})" if md5 != data.md5 else ""
         try:
             if not sources:
                 _download(archive, data)
             result = read(source)
         except _FAULTS as error:
-            faults.append(f"{source}: {error}{other_md5(source, data.md5)}")
-        else:
-            for fault in faults:
-                note(f"{fault}: {source} is used instead")
-            return result
+            faults.append(f"{source}{other}: {error}")
+            continue
+        if faults or other:
+            note("; ".join([*faults, f"{source}{other} is used"]))
+        return result
     remedy = f"put {archive.name} from {data.url} with MD5 {data.md5} into {data_dir}"
-    raise UserError(" ".join(f"{'; '.join(faults)}: {data.expected}{remedy}".split()))
+    raise UserError(f"{'; '.join(faults)}: {remedy}")
 
 
 def _download(archive: Path, data: Published) -> None:

@@ -3,30 +3,28 @@
 The validation images are the test set, for the labels of the test images were never published.
 """
 
-import contextlib
 import operator
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from . import images
 from .files import UserError, one_at_a_time
-from .sources import Published, Raw, expand, first_sound, note_other_md5
+from .sources import Published, Raw, expand, first_sound
 
 SIZE = 64  # pixels, height and width of every image
-MEAN = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]: the usual ones of ImageNet
-STD = (0.229, 0.224, 0.225)
-
 ANNOTATIONS = "val/val_annotations.txt"  # lines of: image, class, box
+EXPECTED = (
+    "expected are train/CLASS/images/*.JPEG and either val/images/*.JPEG with "
+    f"{ANNOTATIONS} or val/CLASS/*.JPEG"
+)
 PUBLISHED = Published(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
     folder="tiny-imagenet-200",
     marker="train",
-    expected="expected are train/CLASS/images/*.JPEG and either val/images/*.JPEG with "
-    f"{ANNOTATIONS} or val/CLASS/*.JPEG; ",
 )
 
 
@@ -35,75 +33,59 @@ def load(data_dir: Path) -> Raw:
 
     Reads the folder tiny-imagenet-200, data_dir itself, tiny-imagenet-200.zip, which is downloaded
     if nothing is there, or what an earlier start has decoded into tiny-imagenet-200.npy. Raises
-    UserError if no images can be had, and OSError.
+    UserError if no images can be had.
     """
     data_dir = expand(data_dir)
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
-        return images.labeled(first_sound(data_dir, PUBLISHED, partial(_decode, cache), cache))
+        return images.labeled(first_sound(data_dir, PUBLISHED, partial(_read, cache), cache))
 
 
-def _decode(cache: Path, source: Path) -> images.Decoded:
-    """Return the images of a source, from the cache if it was made of the same files."""
+def _read(cache: Path, source: Path) -> images.Decoded:
+    """Return the images of a source: a folder or an archive with train/ and val/, or the cache."""
     if source == cache:
-        if decoded := images.cached(cache, SIZE):
-            return decoded
-        raise UserError("it is not whole, or of an earlier version")
-    with _opened(source) as (sizes, read):
-        names = _labeled(sizes, read)
-        files = {place: sizes[name] for place, name in names.items()}
-        if decoded := images.cached(cache, SIZE, files):
-            return decoded
-        note_other_md5(source, PUBLISHED.md5)
-        to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
-        return images.decode(cache, files, lambda place: read(names[place]), to_rgb, SIZE)
-
-
-@contextlib.contextmanager
-def _opened(source: Path) -> Iterator[tuple[dict[str, int], Callable[[str], bytes]]]:
-    """Yield name -> bytes of the files in train/ and val/, and what reads one of them."""
+        return images.cached(cache)
     if source.is_dir():
         files = images.walk(source / "train", "train/") | images.walk(source / "val", "val/")
-        yield files, lambda name: (source / name).read_bytes()
-        return
+        return _decode(cache, files, lambda name: (source / name).read_bytes())
     with zipfile.ZipFile(source) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
         tops = [name.partition("train/")[0] for name in sizes if "train/" in name]
         top = min(tops, key=len, default="")  # archives of mirrors have another one, or none
-        inside = {name.removeprefix(top): size for name, size in sizes.items()}
-        files = {name: inside[name] for name in inside if name.startswith(("train/", "val/"))}
-        yield files, lambda name: archive.read(top + name)
+        parts = (f"{top}train/", f"{top}val/")
+        files = {name.removeprefix(top): sizes[name] for name in sizes if name.startswith(parts)}
+        return _decode(cache, files, lambda name: archive.read(top + name))
 
 
-def _labeled(files: dict[str, int], read: Callable[[str], bytes]) -> dict[str, str]:
-    """Find all images: train/CLASS/IMAGE or val/CLASS/IMAGE -> name of the file.
+def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) -> images.Decoded:
+    """Decode the images among `files`, name -> bytes, as train/CLASS/IMAGE and val/CLASS/IMAGE.
 
-    Ordered by the numbers in their names, which is by class for the training images. Raises
-    UserError if there are none of a kind, or if the class of one is not known.
+    read gives the content of a file. Training images are ordered by class, and all by the numbers
+    in their names. Raises UserError if there are none of a kind, or if one has no known class.
     """
     names = images.pictures(files)
     classes = {name.split("/")[1] for name in names if re.match("train/.*/", name)}
     annotated = {}
     if ANNOTATIONS in files:
         lines = read(ANNOTATIONS).decode().splitlines()
-        annotated = dict(line.split()[:2] for line in lines if line.strip())
+        annotated = dict(line.split()[:2] for line in lines)
     found = {}
     for name in names:
         part, folder, *_ = name.split("/")
         image = name.rpartition("/")[2]
         wnid = folder if folder in classes else annotated.get(image)
         if wnid not in classes:
-            raise UserError(f"{name} is of class {wnid}, which has no training images")
-        found[f"{part}/{wnid}/{image}"] = name
-    if missing := sorted(annotated.keys() - {place.split("/")[2] for place in found}):
-        raise UserError(f"it lacks {len(missing)} images of {ANNOTATIONS}, such as {missing[0]}")
-    if len({place.split("/")[0] for place in found}) < 2:
-        raise UserError("it lacks training or validation images")
+            raise UserError(f"{name}: class {wnid} has no training images; {EXPECTED}")
+        found[part, wnid, image] = name
+    lacks = annotated.keys() - {image for _, _, image in found}
+    if lacks or len({part for part, _, _ in found}) < 2:
+        raise UserError(f"it lacks {min(lacks, default='images')}; {EXPECTED}")
 
-    def order(place: str) -> tuple:
-        part, wnid, image = place.split("/")
-        number = re.split(r"(\d+)", image)
-        number[1::2] = map(int, number[1::2])  # val_9 comes before val_10
-        return part, number, wnid
+    def order(place: tuple[str, str, str]) -> tuple:
+        part, wnid, image = place
+        return part, wnid if part == "train" else "", len(image), image  # val_9, then val_10
 
-    return {place: found[place] for place in sorted(found, key=order)}
+    names = {"/".join(place): found[place] for place in sorted(found, key=order)}
+    sizes = {place: files[name] for place, name in names.items()}
+    to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
+    return images.decode(cache, sizes, lambda place: read(names[place]), to_rgb, SIZE)

@@ -18,49 +18,47 @@ def picture(rng, size=(64, 64), mode="RGB", kind="JPEG", **options):
     return file.getvalue()
 
 
-def tiny_imagenet(classes=3, train=11, val=12):
-    """The files of Tiny ImageNet with fewer classes, in an order that is not the one of the labels.
-
-    train: training images per class; val: validation images, number i of class i % classes.
-    """
+def tiny_imagenet():
+    """Tiny ImageNet: 3 classes of 11 images, 12 for validation, not in order of number; litter."""
     rng = np.random.default_rng(0)
-    wnids = [f"n{10 * number:08}" for number in range(classes)]
+    wnids = ["n00000000", "n00000010", "n00000020"]
     files = {f"{ROOT}/wnids.txt": "\n".join(wnids).encode()}
     for wnid in reversed(wnids):
         files[f"{ROOT}/train/{wnid}/{wnid}_boxes.txt"] = b""
-        for number in reversed(range(train)):
+        for number in reversed(range(11)):
             content = picture(rng, mode="L" if number == 1 else "RGB")
             files[f"{ROOT}/train/{wnid}/images/{wnid}_{number}.JPEG"] = content
     lines = ""
-    for number in reversed(range(val)):
+    for number in reversed(range(12)):
         files[f"{ROOT}/val/images/val_{number}.JPEG"] = picture(rng)
-        lines += f"val_{number}.JPEG\t{wnids[number % classes]}\t0\t0\t62\t62\n"
+        lines += f"val_{number}.JPEG\t{wnids[number % 3]}\t0\t0\t62\t62\n"
     files[f"{ROOT}/val/val_annotations.txt"] = lines.encode()
     files[f"{ROOT}/test/images/test_0.JPEG"] = picture(rng)
+    litter = ["train/Thumbs.db", "val/.DS_Store", "train/n00000010/images/._n00000010_4.JPEG"]
+    litter += [f"{part}/.ipynb_checkpoints/images/val_0.JPEG" for part in ("train", "val")]
+    files |= {f"{top}{ROOT}/{name}": b"" for name in litter for top in ("", "__MACOSX/")}
     return files
 
 
-def class_folders(classes=("ant", "bee", "cat"), train=5, test=3, size=(16, 12)):
-    """PNG files in train/CLASS/ and test/CLASS/."""
+def class_folders(*classes):
+    """Five PNG files in each train/CLASS/, and three in each test/CLASS/."""
     rng = np.random.default_rng(0)
+    numbers = [("train", number) for number in range(5)] + [("test", number) for number in range(3)]
     return {
-        f"{part}/{name}/{number}.png": picture(rng, size, kind="PNG")
-        for part, count in (("train", train), ("test", test))
+        f"{part}/{name}/{number}.png": picture(rng, (16, 12), kind="PNG")
         for name in classes
-        for number in range(count)
+        for part, number in numbers
     }
 
 
 def write_folder(folder, files):
     for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 
 def write_zip(archive, files):
-    archive.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in files.items():
             file.writestr(name, content)
