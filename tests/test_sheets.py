@@ -93,17 +93,9 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
         for file, label in rows:
             expected[file] = label or expected.get(file)
         assert list(got.queries[number - 1].items()) == list(expected.items())
-        answers = list(expected.values())
-        unknown, known = answers.count("unknown"), sum(map(answers.count, classes))
-        precision = known / (known + unknown) if known + unknown else None
-        assert got.precision(number) == precision
+        known = [label in classes for label in expected.values() if label not in (None, "skip")]
+        assert got.precision(number) == (sum(known) / len(known) if known else None)
     assert got.waiting == (count > 0 and not any(label for _, label in queries[-1]))
-
-
-def read_rows(path):
-    assert path.read_bytes().startswith(codecs.BOM_UTF8)  # else Excel shows Ã© for é
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @settings(deadline=None, max_examples=100)
@@ -113,22 +105,18 @@ def test_a_written_query_is_filled_in_and_read(data, names):
     images = [f"{name}.png" for name in names]
     answers = [data.draw(st.sampled_from(["Cat", "unknown", "skip", None])) for _ in images]
     with tempfile.TemporaryDirectory() as name:
-        folder, query, predictions = (Path(name, file) for file in ("", "query_1.csv", "p.csv"))
+        folder, query = Path(name), Path(name, "query_1.csv")
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
         sheets.write_query(query, [(file, "Cat", 1 / 3) for file in images])
-        for probability in (1 / 2, 1 / 3):  # predictions are replaced
-            sheets.write_predictions(predictions, [(file, "Cat", probability) for file in images])
-        rows, predicted = (read_rows(path) for path in (query, predictions))
+        assert sheets.read(folder, [*images, "start.png"]).waiting
+        rows = list(csv.DictReader(io.StringIO(query.read_text("utf-8-sig"), newline="")))
         assert rows == [
             dict(file=i, predicted="Cat", probability="0.3333", label="") for i in images
         ]
-        assert predicted == [{"file": i, "class": "Cat", "probability": "0.3333"} for i in images]
-        assert sheets.read(folder, [*images, "start.png"]).waiting
         with query.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            for row, answer in zip(rows, answers, strict=True):
-                writer.writerow(row | {"label": answer})
+            writer.writerows(r | {"label": a} for r, a in zip(rows, answers, strict=True))
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
             sheets.write_query(query, [(images[0], "Cat", 0.5)])
@@ -148,15 +136,14 @@ GOOD = {
 @pytest.mark.parametrize(
     ("sheet", "text", "told"),
     [
-        ("query_1.csv", "file,label\n\nd.png,dgö", "row 3|dgö|Dög"),
+        ("query_1.csv", "file,label\n\nd.png,dgö", "row 3|Dög"),
         ("query_1.csv", 'note;file;label\n"a\nb";d.png;\n;"z\n.png";cat', "row 3|z"),
         ("labels.csv", "file,label\na.png,cat\n,cat", "row 3"),
         ("labels.csv", "file,label\na.png,cat\na.png,Dög", "row 3|labels.csv, row 2|Dög"),
         ("query_1.csv", "label,file\nskip,a.png", "row 2|labels.csv, row 2|skip|cat"),
         ("test.csv", "file,label\na.png,cat", "row 2|labels.csv, row 2|a.png"),
-        ("query_1.csv", "file,predicted\nd.png,cat", "row 1|label"),
         ("query_1.csv", "file,label,Label\nd.png,,cat", "row 1|label"),
-        ("query_1.csv", "", "file|label"),
+        ("query_1.csv", "", "row 1|file|label"),
         ("query_1.csv", 'file,label,note\nb.png,,\na.png,,"\nd.png,cat,', "row 3"),
     ],
 )
@@ -183,3 +170,11 @@ def test_other_files_are_no_sheets_classes_keep_their_first_spelling_and_no_quer
     (tmp_path / "query_3.csv").write_text("file,label")
     with pytest.raises(FileNotFoundError, match=r"query_2\.csv"):
         sheets.read(tmp_path, IMAGES)
+
+
+def test_predictions_are_replaced_in_a_form_that_excel_understands(tmp_path):
+    for probability in (1 / 4, 3 / 4):
+        sheets.write_predictions(tmp_path / "p.csv", [("é,1.png", "dög", probability)])
+    content = (tmp_path / "p.csv").read_bytes()
+    assert content.startswith(codecs.BOM_UTF8)  # else it shows Ã© for é
+    assert content.decode("utf-8-sig") == 'file,class,probability\r\n"é,1.png",dög,0.7500\r\n'
