@@ -134,7 +134,8 @@ def load_log(path: Path) -> Log:
         raise ValueError(f"not a sound log ({error!r:.200})") from None
     for key, limit in LIMITS.items():  # which float32 may miss
         for q, value in log[key].items():
-            if not (isinstance(value, int | float) and -0.001 <= value <= limit + 0.001):
+            number = isinstance(q, int) and isinstance(value, int | float)
+            if not (number and -0.001 <= value <= limit + 0.001):  # NaN fails as well
                 raise ValueError(f"{key}[{q!r}] = {value!r:.20} is no number from 0 to {limit}")
     if not any(log.values()):
         raise ValueError("no round is done yet")

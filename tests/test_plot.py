@@ -90,6 +90,7 @@ UNSOUND = {
     "no rounds": {key: {} for key in SOUND},
     "NaN": SOUND | {"Precision": {0: 0.1, 1: float("nan")}},
     "text as number": SOUND | {"Acc": {0: 20.0, 1: "30"}},
+    "text as round": SOUND | {"Recall": {"0": 0.1, "1": 0.2}},
     "NumPy array": SOUND | {"Recall": {0: 0.1, 1: np.array([0.2])}},
     "precision in percent": SOUND | {"Precision": {0: 10.0, 1: 20.0}},
     "accuracy as fraction": SOUND | {"Acc": {0: 0.7, 1: 0.8}, "Err": {0: 0.3, 1: 0.2}},
