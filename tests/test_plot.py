@@ -112,15 +112,14 @@ def test_folders_are_read_below_and_a_run_counts_once(tmp_path, capsys):
     write(tmp_path / "b" / "c", "random", seed=1)
     write(tmp_path / "b" / "c", "random", seed=2)
     write(tmp_path / ".trash", "random", seed=3)
-    notes = tmp_path / "notes.pkl"
-    notes.touch()
+    (tmp_path / "notes.pkl").touch()
     other = write(tmp_path / "b", "random", make_log(recall=(0.3, 0.4)), seed=1)
     logs = plot.read_logs([str(tmp_path), str(tmp_path / "nothing")])
     assert {run.seed for run in logs} == {1, 2}
     assert {log["Recall"][0] for log in logs.values()} == {0.1}  # the first one read
-    told = capsys.readouterr().err.splitlines()
-    for line, path in zip(told, (other, notes, tmp_path / "nothing"), strict=True):
-        assert str(path) in line
+    contradiction, unnamed, missing = capsys.readouterr().err.splitlines()
+    assert str(other) in contradiction and "notes.pkl" in unnamed
+    assert str(tmp_path / "nothing") in missing
 
 
 def test_figure_and_table_show_mean_and_sample_deviation_of_the_shared_rounds(tmp_path):
@@ -205,10 +204,9 @@ def test_figures_name_the_batch_only_where_another_would_share_the_name(tmp_path
         write(tmp_path, "random", setting=f"_known20_init8_batch{batch}")
     write(tmp_path, "random", data="digits")
     plot.main(["--log-dir", str(tmp_path), "--out-dir", str(tmp_path / "out")])
-    found = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*recall.png")}
-    stems = [f"cifar/cifar100_resnet18_init8_known20_batch{batch}" for batch in (400, 1500)]
-    stems.append("digits/digits_resnet18_init8_known20")
-    assert found == {f"{stem}_recall.png" for stem in stems}
+    names = {path.name for path in tmp_path.rglob("*recall.png")}
+    stems = ("cifar100_{}_batch400", "cifar100_{}_batch1500", "digits_{}")
+    assert names == {f"{stem.format('resnet18_init8_known20')}_recall.png" for stem in stems}
 
 
 def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path):
