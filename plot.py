@@ -210,8 +210,7 @@ def table(curves: list[Curve]) -> list[str]:
 
 def draw(curves: list[Curve], measure: str, title: str) -> Figure:
     """The figure of one measure: mean lines over the rounds, bands of one standard deviation."""
-    figure = Figure(figsize=(5, 4))  # inches: one column of a paper
-    axes = figure.add_subplot()
+    axes = Figure(figsize=(5, 4)).add_subplot()  # inches: one column of a paper
     for curve in curves:
         rounds, values = curve.values(measure)
         mean, style = values.mean(axis=0), curve.style
@@ -226,14 +225,13 @@ def draw(curves: list[Curve], measure: str, title: str) -> Figure:
     axes.grid(color="0.9", linewidth=0.6)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
     axes.legend(handlelength=3, fontsize=7, **below)
-    return figure
+    return axes.figure
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw and print everything; SystemExit with status 2 if the user has to change something."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.usage = argparse.SUPPRESS  # the examples say it, and an error is one line without it
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)  # 1-line errors
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     folder = {"metavar": "DIR", "type": os.path.expanduser}
     text = "folders with logs of the two scripts, in them or below (default: log_AL)"
     parser.add_argument("--log-dir", nargs="+", default=["log_AL"], help=text, **folder)
@@ -270,11 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         for measure in MEASURES:
             path = Path(args.out_dir, f"{stem}_{measure}.png")
             drawn = [curve for curve in curves if curve.values(measure)[0]]
-            if not drawn:
-                continue
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw(drawn, measure, title).savefig(path, dpi=150, bbox_inches="tight")
+                if drawn:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw(drawn, measure, title).savefig(path, dpi=150, bbox_inches="tight")
             except OSError as error:
                 parser.error(f"cannot write {path}: {error.strerror}; choose another --out-dir")
     try:
