@@ -1,7 +1,5 @@
 """A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
 
-import os
-
 import numpy as np
 import torch
 
@@ -21,35 +19,28 @@ def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str,
 
     Labels of training images that are of no known class are K. The last result names the images
     that are left out, and why: broken ones and those whose name no sheet can hold.
-    Raises UserError if a sheet cannot be read or written, or if no labeled image can be read.
+    Raises UserError if a sheet is faulty or if no labeled image can be read, and OSError.
     """
     path = expand(data_dir)
-    if not os.access(path, os.W_OK):  # said before a round rather than after it
-        raise UserError(f"cannot write to {path}, where the query sheets go")
     files = folder.list_images(path)
     said = sheets.read(path, files)
-    odd = {name for name in files if name.encode(errors="replace").decode() != name}
+    odd = [name for name in files if name.encode(errors="replace").decode() != name]
     left_out = dict.fromkeys(odd, "its name is not valid Unicode")
-    files = {name: files[name] for name in files if name not in odd}
+    files = {name: files[name] for name in files if name not in left_out}
     decoded = folder.read(path, files, size, leave_out=True)
     left_out |= decoded.broken
     names = [name for name in files if name not in left_out]
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(said.classes)}
-    K = len(number)
-    labels = np.array([number.get(said.labels.get(name), K) for name in names], np.int64)
-    test = [name for name in names if name in said.test]
-    # In order of the answers, as in a simulation.
-    invalid = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
-    split = Split(
-        torch.from_numpy(np.flatnonzero(labels < K)),
-        torch.tensor([position[name] for name in invalid if name in position], dtype=torch.int64),
-        torch.tensor(
-            [position[name] for name in names if name not in said.taken], dtype=torch.int64
-        ),
-    )
-    if not len(split.labeled):
+    labels = np.array([number.get(said.labels.get(name), len(number)) for name in names], np.int64)
+    labeled = np.flatnonzero(labels < len(number))
+    if not len(labeled):
         raise UserError(f"no image that labels.csv gives a class to can be read in {path}")
+    unknown = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
+    invalid = [position[name] for name in unknown if name in position]  # in order of the answers
+    pool = [position[name] for name in names if name not in said.taken]
+    split = Split(*(torch.tensor(part, dtype=torch.int64) for part in (labeled, invalid, pool)))
+    test = [name for name in names if name in said.test]
     test_pixels = decoded.pixels[[position[name] for name in test]]
     test_labels = np.array([number[said.test[name]] for name in test], np.int64)
     raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes, tuple(names))

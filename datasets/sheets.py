@@ -13,14 +13,13 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from .files import UserError, write_whole
 
+START, TEST = "labels.csv", "test.csv"
 UNKNOWN, SKIP = "unknown", "skip"
-TEST = "test.csv"
 
 
 class Sheets(NamedTuple):
@@ -46,52 +45,51 @@ class Sheets(NamedTuple):
         return sum(x != UNKNOWN for x in counted) / len(counted) if counted else None
 
 
-class _Row(NamedTuple):
-    place: str  # such as "labels.csv, row 2", where row 1 is the header
-    file: str
-    label: str | None
-    tested: bool  # whether it stands in test.csv
-
-
 def read(folder: Path, images: Collection[str]) -> Sheets:
     """Read all sheets in `folder`.
 
     images: the paths of all images below the folder, relative to it, with "/"; broken ones too,
-    because a sheet may name them. The same answer may be given twice. In test.csv only known
-    classes count: an image that is unknown, skipped or without a label there is neither tested
-    on nor asked about.
-    Raises UserError, in one line with sheet and row: a label or an image that does not exist, two
-    different answers, an image of test.csv answered elsewhere, columns or quotes that cannot be
-    understood. Also if the queries have a gap or labels.csv no class. Raises OSError.
+    because a sheet may name them. The same answer may be given twice. An image that has no known
+    class in test.csv is neither tested on nor asked about.
+    Raises UserError, in one line with sheet and row, for what cannot be understood, for unknown
+    labels and images, and for contradictions. Raises OSError, also if a query sheet is missing.
     """
     alike = {_plain(image): image for image in images} | {image: image for image in images}
     names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}  # folded -> label; labels.csv adds its classes
-    sheets = {}
-    for sheet in _names(folder):
-        sheets[sheet] = _rows(sheet, (folder / sheet).read_bytes(), alike, names)
+    there = os.listdir(folder)
+    count = sum(bool(re.fullmatch(r"query_[1-9][0-9]*\.csv", name)) for name in there)
+    order = [START, *(f"query_{number}.csv" for number in range(1, count + 1)), TEST]
+    sheets = {sheet: {} for sheet in order if sheet != TEST or TEST in there}  # file -> label
+    answers = {}  # file -> label, and the place of the first row that says so
+    for sheet, labels in sheets.items():
+        for number, row in enumerate(_rows(sheet, (folder / sheet).read_bytes()), start=2):
+            place, file, label = f"{sheet}, row {number}", row.get("file", ""), row.get("label", "")
+            if not (file + label).strip():
+                continue
+            image = alike.get(file) or alike.get(_plain(file))
+            if not image:
+                raise UserError(f"{place}: the image {file!r} is not there")
+            if sheet == START:
+                names.setdefault(_fold(label), label.strip())
+            if _fold(label) not in names:
+                [nearest] = difflib.get_close_matches(_fold(label), names, n=1, cutoff=0)
+                told = f"{place}: {label!r} is no class of {START}, nor {UNKNOWN} or {SKIP}"
+                raise UserError(f"{told}; the nearest is {names[nearest]!r}")
+            label = names[_fold(label)]
+            labels[image] = label or labels.get(image)
+            first, where = answers.setdefault(image, (label, place)) if label else (label, place)
+            if first != label or (sheet == TEST) != where.startswith(TEST):
+                told = f"{place}: {file!r} is {label!r}, but {first!r} in {where}"
+                raise UserError(f"{told}; an image has one answer, not in {TEST} and elsewhere")
     classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
-    if not classes:
-        raise UserError("labels.csv has no class: label at least one image")
-
-    answers: dict[str, _Row] = {}  # file -> the first row that answers it
-    for row in chain(*sheets.values()):
-        first = answers.setdefault(row.file, row) if row.label else row
-        if (row.label, row.tested) != (first.label, first.tested):
-            raise UserError(
-                f"{row.place}: {row.file!r} is {row.label!r}, but {first.label!r} in "
-                f"{first.place}; an image has one answer, and not both in {TEST} and elsewhere"
-            )
-    tests = sheets.pop(TEST, [])
+    test = sheets.pop(TEST, {})
     _, *queries = sheets.values()
     return Sheets(
         classes,
-        {file: row.label for file, row in answers.items() if not row.tested},
-        {row.file: row.label for row in tests if row.label in classes},
-        [
-            {row.file: None for row in rows} | {row.file: row.label for row in rows if row.label}
-            for rows in queries
-        ],
-        frozenset(answers).union(row.file for row in tests),
+        {file: label for file, (label, where) in answers.items() if not where.startswith(TEST)},
+        {file: label for file, label in test.items() if label in classes},
+        queries,
+        frozenset(answers).union(test),
     )
 
 
@@ -102,41 +100,23 @@ def write_query(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
     """
     if os.path.lexists(path):
         raise UserError(f"{path} exists: a query sheet is never overwritten")
-    table = [(file, predicted, f"{probability:.4f}", "") for file, predicted, probability in rows]
-    _write(path, [("file", "predicted", "probability", "label"), *table])
+    write_predictions(path, rows, "file predicted probability label")
 
 
-def write_predictions(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write or replace the predictions. rows: file, class, probability."""
-    table = [(file, predicted, f"{probability:.4f}") for file, predicted, probability in rows]
-    _write(path, [("file", "class", "probability"), *table])
-
-
-def _write(path: Path, table: list[tuple[str, ...]]) -> None:
+def write_predictions(
+    path: Path, rows: Iterable[tuple[str, str, float]], columns: str = "file class probability"
+) -> None:
+    """Write or replace the predictions. rows: file, class, probability. More columns are empty."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(table)
+    header = columns.split()
+    table = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
+    csv.writer(text).writerows([header, *table])
     # Without the byte order mark ("-sig") Excel takes UTF-8 for cp1252.
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 
 
-def _names(folder: Path) -> list[str]:
-    """Names of the sheets: labels.csv, the query sheets in order of number, and test.csv."""
-    there = os.listdir(folder)
-    matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in there]
-    numbers = sorted(int(match[1]) for match in matches if match)
-    if numbers != [*range(1, len(numbers) + 1)]:
-        raise UserError(f"query_{numbers[-1]}.csv is there, but not every query sheet before it")
-    names = ["labels.csv", *(f"query_{number}.csv" for number in numbers)]
-    return [*names, TEST] if TEST in there else names
-
-
-def _rows(
-    sheet: str, content: bytes, alike: dict[str, str], names: dict[str, str | None]
-) -> list[_Row]:
-    """The rows of a sheet that name a file. alike: a spelling of an image -> the image.
-
-    names: a folded label -> class, UNKNOWN, SKIP or None; labels.csv adds its classes to it.
-    """
+def _rows(sheet: str, content: bytes) -> list[dict[str, str]]:
+    """The rows below the header: folded name of a column -> cell. A row may end early."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -144,35 +124,13 @@ def _rows(
     separator = max(",;", key=text.partition("\n")[0].count)
     table = []
     try:
-        for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
-            table.append(cells)
-    except csv.Error as error:
+        table.extend(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+    except csv.Error as error:  # the rows before it are in the table
         raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
     header = [_fold(cell) for cell in table[0]] if table else []
     if not header.count("file") == header.count("label") == 1:
-        raise UserError(
-            f"{sheet}, row 1: name one column file and one column label, separated by , or ;"
-        )
-    rows = []
-    for number, cells in enumerate(table[1:], start=2):
-        cell = dict(zip(header, cells, strict=False))  # a row may end early
-        file, label = cell.get("file", ""), cell.get("label", "").strip()
-        if not file.strip() and not label:
-            continue
-        place, folded = f"{sheet}, row {number}", _fold(label)
-        image = alike.get(file) or alike.get(_plain(file))
-        if not image:
-            raise UserError(f"{place}: the image {file!r} is not there")
-        if sheet == "labels.csv":
-            names.setdefault(folded, label)
-        if folded not in names:
-            [nearest] = difflib.get_close_matches(folded, names, n=1, cutoff=0)
-            raise UserError(
-                f"{place}: {label!r} is no class of labels.csv, nor {UNKNOWN} or {SKIP}; "
-                f"the nearest is {names[nearest]!r}"
-            )
-        rows.append(_Row(place, image, names[folded], sheet == TEST))
-    return rows
+        raise UserError(f"{sheet}, row 1: name one column file and one label, separated by , or ;")
+    return [dict(zip(header, cells, strict=False)) for cells in table[1:]]
 
 
 def _plain(file: str) -> str:

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import csv
+import io
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -21,11 +22,8 @@ OTHERS = [*LATIN, "e\N{COMBINING ACUTE ACCENT}", "日", "ж"]
 def words(pieces, **sizes):
     """Lists of words that differ in more than case or the form of their Unicode."""
     word = st.lists(st.sampled_from(pieces), min_size=1, max_size=5).map("".join).map(str.strip)
-
-    def folded(text):
-        return unicodedata.normalize("NFC", text.casefold())
-
-    return st.lists(word.filter(bool), unique_by=folded, **sizes)
+    folded = {"unique_by": lambda text: unicodedata.normalize("NFC", text.casefold())}
+    return st.lists(word.filter(bool), **folded, **sizes)
 
 
 def save(draw, path, rows, verbatim=0):
@@ -34,29 +32,24 @@ def save(draw, path, rows, verbatim=0):
     def pick(*choices):
         return draw(st.sampled_from(choices))
 
-    separator, newline, always_quoted = pick(",", ";"), pick("\n", "\r\n"), pick(True, False)
-    unicode_form = pick("NFC", "NFD", "NFC")
-
-    def line(cells):
-        quoted = ['"' + cell.replace('"', '""') + '"' for cell in cells]
-        plain = [not always_quoted and not set(cell) & {separator, '"', "\n"} for cell in cells]
-        return separator.join(c if p else q for c, q, p in zip(cells, quoted, plain, strict=True))
-
     columns = draw(st.permutations(["file", "label", *pick((), ("note", "probability"))]))
-    lines = [line([pick(name, name.upper(), f" {name.title()} ") for name in columns])]
+    text, separator, newline = io.StringIO(newline=""), pick(",", ";"), pick("\n", "\r\n")
+    form = {"delimiter": separator, "lineterminator": newline}
+    sheet = csv.writer(text, quoting=pick(csv.QUOTE_ALL, csv.QUOTE_MINIMAL), **form)
+    sheet.writerow([pick(name, name.upper(), f" {name.title()} ") for name in columns])
+    unicode_form = pick("NFC", "NFD", "NFC")
     for number, (file, label) in enumerate(rows):
         file = unicodedata.normalize(unicode_form, file)
         file = pick(file, file.replace("/", "\\"), f"./{file}", f" {file} ")
         if number >= verbatim:
             label = pick(label, label.upper(), f" {label.title()} ")
         cells = dict(file=file, label=label, note='so, "it"\nseems; ', probability="0,5")
-        lines.append(line([cells[name] for name in columns]))
-        if pick(False, False, True):
-            lines.append(separator * pick(0, len(columns), 7))  # an empty row
-    text, encoded = newline.join(lines) + newline * pick(0, 1, 2), []
+        sheet.writerow([cells[name] for name in columns])
+        text.write(pick("", "", newline, separator * len(columns) + newline))  # an empty row
+    content, encoded = text.getvalue(), []
     for encoding in ("utf-8", "utf-8-sig", "cp1252"):
         with contextlib.suppress(UnicodeEncodeError):
-            encoded.append(text.encode(encoding))
+            encoded.append(pick(content, content.removesuffix(newline)).encode(encoding))
     path.write_bytes(pick(*encoded))
 
 
@@ -97,10 +90,8 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
         for file, label in rows:
             expected[file] = label or expected.get(file)
         assert list(got.queries[number - 1].items()) == list(expected.items())
-        answers = list(expected.values())
-        unknown, known = answers.count("unknown"), sum(map(answers.count, classes))
-        precision = known / (known + unknown) if known + unknown else None
-        assert got.precision(number) == precision
+        known = [label in classes for label in expected.values() if label not in (None, "skip")]
+        assert got.precision(number) == (sum(known) / len(known) if known else None)
     assert got.waiting == (count > 0 and not any(label for _, label in queries[-1]))
 
 
@@ -115,15 +106,13 @@ def test_a_written_query_is_filled_in_and_read(data, names):
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
         sheets.write_query(query, [(file, "Cat", 1 / 3) for file in images])
         assert sheets.read(folder, [*images, "start.png"]).waiting
-        with query.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert [row["file"] for row in rows] == images
-        assert {(row["predicted"], row["probability"]) for row in rows} == {("Cat", "0.3333")}
+        rows = list(csv.DictReader(io.StringIO(query.read_text("utf-8-sig"), newline="")))
+        others = dict(predicted="Cat", probability="0.3333", label="")
+        assert rows == [{"file": image} | others for image in images]
         with query.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            for row, answer in zip(rows, answers, strict=True):
-                writer.writerow(row | {"label": answer})
+            writer.writerows(r | {"label": a} for r, a in zip(rows, answers, strict=True))
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
             sheets.write_query(query, [(images[0], "Cat", 0.5)])
@@ -132,60 +121,53 @@ def test_a_written_query_is_filled_in_and_read(data, names):
     assert list(got.items()) == list(zip(images, answers, strict=True))
 
 
-def read(folder, **changed):
-    """Read good sheets, some of them changed: query_1=... for query_1.csv; None removes one."""
-    good = {
-        "labels": "file,label\na.png,cat\nb.png,Dög\n\nc.png,unknown\nf.png,\n",
-        "test": "file,label\ne.png,cat\n",
-        "query_1": "file,predicted,probability,label\nd.png,cat,0.9,Dög\n",
-    }
-    for name, text in (good | changed).items():
-        if text is not None:
-            (folder / f"{name}.csv").write_text(text, encoding="utf-8")
-    return sheets.read(folder, [f"{letter}.png" for letter in "abcdefgh"])
+IMAGES = [f"{letter}.png" for letter in "abcdefgh"]
+GOOD = {
+    "labels.csv": "file,label\na.png,cat\nb.png,Dög\n\nc.png,unknown\nf.png,\ng.png,dÖG\n",
+    "test.csv": "file,label\ne.png,cat\n",
+    "query_1.csv": "file,predicted,probability,label\nd.png,cat,0.9,Dög\n",
+}
 
 
 @pytest.mark.parametrize(
     ("sheet", "text", "told"),
     [
-        ("query_1", "file,label\n\nd.png,dgö", "query_1.csv, row 3|dgö|Dög"),
-        ("test", "file,label\ne.png,unkown", "test.csv, row 2|'unknown'"),
-        ("query_1", 'note;file;label\n"a\nb";d.png;\n;"z\n.png";cat', "query_1.csv, row 3|z"),
-        ("labels", "file,label\na.png,cat\n,cat", "labels.csv, row 3"),
-        ("labels", "file,label\na.png,cat\na.png,Dög", "labels.csv, row 3|labels.csv, row 2|Dög"),
-        ("query_1", "label,file\nskip,a.png", "query_1.csv, row 2|labels.csv, row 2|skip|cat"),
-        ("test", "file,label\na.png,cat", "test.csv, row 2|labels.csv, row 2|a.png"),
-        ("query_1", "file,predicted\nd.png,cat", "query_1.csv, row 1|label"),
-        ("query_1", "file,label,Label\nd.png,,cat", "query_1.csv, row 1|label"),
-        ("query_1", "", "query_1.csv|file|label"),
-        ("query_1", 'file,label,note\nb.png,,\na.png,,"\nd.png,cat,', "query_1.csv, row 3"),
-        ("labels", "file,label\na.png,unknown\nb.png,", "labels.csv|class"),
-        ("query_3", "file,label", "query_3.csv"),
+        ("query_1.csv", "file,label\n\nd.png,dgö", "row 3|Dög"),
+        ("query_1.csv", 'note;file;label\n"a\nb";d.png;\n;"z\n.png";cat', "row 3|z"),
+        ("labels.csv", "file,label\na.png,cat\n,cat", "row 3"),
+        ("labels.csv", "file,label\na.png,cat\na.png,Dög", "row 3|labels.csv, row 2|Dög"),
+        ("query_1.csv", "label,file\nskip,a.png", "row 2|labels.csv, row 2|skip|cat"),
+        ("test.csv", "file,label\na.png,cat", "row 2|labels.csv, row 2|a.png"),
+        ("query_1.csv", "file,label,Label\nd.png,,cat", "row 1|label"),
+        ("query_1.csv", "", "row 1|file|label"),
+        ("query_1.csv", 'file,label,note\nb.png,,\na.png,,"\nd.png,cat,', "row 3"),
     ],
 )
 def test_a_fault_is_told_in_one_line_with_its_place(tmp_path, sheet, text, told):
+    for name, content in (GOOD | {sheet: text}).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        read(tmp_path, **{sheet: text})
-    for part in told.split("|"):
+        sheets.read(tmp_path, IMAGES)
+    for part in [sheet, *told.split("|")]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_other_files_are_no_sheets_and_classes_keep_their_first_spelling(tmp_path):
-    for name in ["query_1.csv.bak", "query_1 (copy).csv", "~$query_1.csv", "query_01.csv", "x.csv"]:
-        (tmp_path / name).write_text("nonsense")
-    got = read(tmp_path, labels="file,label\nb.png,zoo\na.png,Cat\nc.png,cAT\ng.png,dög", test=None)
-    assert got.classes == ("Cat", "dög", "zoo")
-    assert got.labels["c.png"] == "Cat"
+def test_other_files_are_no_sheets_and_no_query_sheet_may_be_missing(tmp_path):
+    others = ["query_1.csv.bak", "query_1 (copy).csv", "~$query_1.csv", "query_01.csv", "x.csv"]
+    for name, content in (GOOD | dict.fromkeys(others, "nonsense")).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    got = sheets.read(tmp_path, IMAGES)
+    assert (got.classes, got.labels["g.png"]) == (("Dög", "cat"), "Dög")  # as spelled first
     assert len(got.queries) == 1
-    assert got.test == {}
+    (tmp_path / "query_3.csv").write_text("file,label")
+    with pytest.raises(FileNotFoundError, match=r"query_2\.csv"):
+        sheets.read(tmp_path, IMAGES)
 
 
-def test_predictions_are_replaced(tmp_path):
-    path = tmp_path / "predictions.csv"
-    for probability in (0.25, 0.75):
-        sheets.write_predictions(path, [("é,1.png", "dög", probability)])
-    assert path.read_bytes().startswith(codecs.BOM_UTF8)  # else Excel shows Ã© for é
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        [row] = csv.DictReader(file)
-    assert row == {"file": "é,1.png", "class": "dög", "probability": "0.7500"}
+def test_predictions_are_replaced_in_a_form_that_excel_understands(tmp_path):
+    for probability in (1 / 4, 3 / 4):
+        sheets.write_predictions(tmp_path / "p.csv", [("é,1.png", "dög", probability)])
+    content = (tmp_path / "p.csv").read_bytes()
+    assert content.startswith(codecs.BOM_UTF8)  # else it shows Ã© for é
+    assert content.decode("utf-8-sig") == 'file,class,probability\r\n"é,1.png",dög,0.7500\r\n'
