@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import UserError
-from .sources import Published, Raw, expand, first_sound
+from .sources import Published, Raw, expand, read_source
 
 
 def load(data_dir: Path, source: type) -> Raw:
@@ -26,7 +26,7 @@ def load(data_dir: Path, source: type) -> Raw:
     """
     name = source.meta["filename"]
     published = Published(source.url, source.tgz_md5, source.base_folder, name)
-    return first_sound(expand(data_dir), published, partial(_read, source))
+    return read_source(expand(data_dir), published, partial(_read, source))
 
 
 def _read(source: type, place: Path) -> Raw:

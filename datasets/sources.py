@@ -55,34 +55,30 @@ def expand(path: Path | str, flag: str = "--data-dir") -> Path:
         raise UserError(f"{flag} {path}: {error} Give the whole path.") from None
 
 
-def first_sound(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
-    """Return what `read`, given a path, makes of the first source that is as it should be.
+def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
+    """Return what `read`, given a path, makes of the files of a data set.
 
-    Sources are the folder of the data set below data_dir, data_dir itself, the archive in
-    data_dir, and the cache. If there is none of them, the archive is downloaded. Raises UserError
-    with the faults of all sources and what to do.
+    The path is the first that is there of the folder of the data set below data_dir, data_dir
+    itself, the archive in data_dir, and the cache. If none is, the archive is downloaded. Raises
+    UserError with what is wrong and what to do.
     """
-    archive, faults = data_dir / data.url.rpartition("/")[2], []
+    archive, other = data_dir / data.url.rpartition("/")[2], ""
     folders = [data_dir / data.folder, data_dir / data.folder / data.folder, data_dir]
     sources = [folder for folder in folders if (folder / data.marker).exists()]
     sources += [file for file in (archive, cache) if file and file.exists()]
-    for source in sources or [archive]:
-        other = ""
-        if source.is_file() and cache not in sources:
-            md5 = utils.calculate_md5(source)
-            other = f" (MD5 {md5} instead of {data.md5})" if md5 != data.md5 else ""
-        try:
-            if not sources:
-                _download(archive, data)
-            result = read(source)
-        except _FAULTS as error:
-            faults.append(f"{source}{other}: {error}")
-            continue
-        if faults or other:
-            note("; ".join([*faults, f"{source}{other} is used"]))
-        return result
-    remedy = f"put {archive.name} from {data.url} with MD5 {data.md5} into {data_dir}"
-    raise UserError(f"{'; '.join(faults)}: {remedy}")
+    source = sources[0] if sources else archive
+    try:
+        if not sources:
+            _download(archive, data)
+        elif source == archive and cache not in sources:
+            md5 = utils.calculate_md5(archive)
+            if md5 != data.md5:
+                other = f" (MD5 {md5} instead of {data.md5})"
+                note(f"{archive} is not the published file{other}")
+        return read(source)
+    except _FAULTS as error:
+        remedy = f"put only {archive.name} from {data.url} (MD5 {data.md5}) into {data_dir}"
+        raise UserError(f"{source}{other}: {error}; {remedy}") from error
 
 
 def _download(archive: Path, data: Published) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import images
 from .files import UserError, one_at_a_time
-from .sources import Published, Raw, expand, first_sound
+from .sources import Published, Raw, expand, read_source
 
 SIZE = 64  # pixels, height and width of every image
 ANNOTATIONS = "val/val_annotations.txt"  # lines of: image, class, box
@@ -38,7 +38,7 @@ def load(data_dir: Path) -> Raw:
     data_dir = expand(data_dir)
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
-        return images.labeled(first_sound(data_dir, PUBLISHED, partial(_read, cache), cache))
+        return images.labeled(read_source(data_dir, PUBLISHED, partial(_read, cache), cache))
 
 
 def _read(cache: Path, source: Path) -> images.Decoded:

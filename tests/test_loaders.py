@@ -160,23 +160,20 @@ def test_cifar(small_cifar, tmp_path, capfd):
     assert capfd.readouterr().out.count(source.tgz_md5) == 1
 
 
-def test_cifar_damaged(small_cifar, tmp_path, monkeypatch, capfd):
-    """A damaged file is told and not unpickled; a sound archive beside the folder is used."""
+def test_cifar_damaged(small_cifar, tmp_path, monkeypatch):
+    """A damaged file is told and not unpickled."""
     monkeypatch.chdir(tmp_path)
-    load, source, batches, arrays = small_cifar
-    name, archive, bad = source.__name__.lower(), make_tar(source, batches), pickle.dumps(Mine())
+    _, source, batches, _ = small_cifar
+    name, bad = source.__name__.lower(), pickle.dumps(Mine())
     for file in (source.train_list[-1][0], source.test_list[0][0], source.meta["filename"]):
         whole = (batches / file).read_bytes()
         (batches / file).write_bytes(bad)
-        check_arrays(load(tmp_path), arrays)
-        assert file in capfd.readouterr().out
+        check_fails(name, tmp_path, file, md5(bad).hexdigest(), source.tgz_md5, source.url)
         (batches / file).write_bytes(whole)
-    (batches / file).write_bytes(bad)
-    for make_worse in (lambda: None, lambda: archive.write_bytes(archive.read_bytes()[:1000])):
-        make_tar(source, batches)
-        make_worse()
-        found = [md5(content).hexdigest() for content in (bad, archive.read_bytes())]
-        check_fails(name, tmp_path, batches, archive, *found, source.tgz_md5, source.url)
+    archive = make_tar(source, batches)
+    shutil.rmtree(batches)
+    archive.write_bytes(archive.read_bytes()[:1000])
+    check_fails(name, tmp_path, archive, md5(archive.read_bytes()).hexdigest(), source.tgz_md5)
     assert not (tmp_path / "trace").exists()
 
 
