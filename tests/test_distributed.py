@@ -108,33 +108,30 @@ def program(folder):
 # ---- starting, watching and ending torchrun -----------------------------------------------------
 
 
-class Torchrun:
+class Torchrun(subprocess.Popen):
     """torchrun with the given words in a `with`, which ends all its processes."""
 
     def __init__(self, folder, *words, **env):
         # TMPDIR: torchrun leaves its logs there.
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-        self.output = Path(folder, f"output{time.monotonic_ns()}")
-        with open(self.output, "w") as file:
+        command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+        self.told = Path(folder, f"output{time.monotonic_ns()}")
+        with open(self.told, "w") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": folder}
-            command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
-            self.process = subprocess.Popen(command, env=os.environ | env, **options)
-
-    def __enter__(self):
-        return self
+            super().__init__(command, env=os.environ | env, **options)
 
     def __exit__(self, *_):
-        for pid in [*self.workers().values(), self.process.pid]:
+        for pid in [*self.workers().values(), self.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self.wait()
 
     def workers(self):
         """Process ids by rank."""
         found = {}
         with contextlib.suppress(OSError):  # ended in between
-            parent = self.process.pid
-            for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+            for pid in children.read_text().split():
                 rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())
                 found |= {int(rank[1]): int(pid)} if rank else {}
         return found
@@ -143,13 +140,12 @@ class Torchrun:
         """Wait until `condition` holds."""
         end = time.monotonic() + 200
         while not condition():
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < end, self.output.read_text()
+            assert self.poll() is None and time.monotonic() < end, self.told.read_text()
             time.sleep(0.02)
 
-    def wait(self):
-        """Exit status and output."""
-        return self.process.wait(200), self.output.read_text()
+    def ended(self):
+        """Wait for the exit status and the output."""
+        return self.wait(200), self.told.read_text()
 
 
 def read(folder, suffix):
@@ -170,8 +166,8 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     with Torchrun(folder, "--standalone", "--nproc-per-node=2", __file__, folder) as torchrun:
         torchrun.until(lambda: inside_round(folder / "stopped", 1))
-        torchrun.process.send_signal(signal.SIGTERM)
-        _, output = torchrun.wait()
+        torchrun.send_signal(signal.SIGTERM)
+        _, output = torchrun.ended()
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     return folder, output, ranks
 
@@ -246,8 +242,8 @@ def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(pa
         torchrun.until(lambda: inside_round(run, 2))
         os.kill(torchrun.workers()[1], signal.SIGKILL)
         torchrun.until(lambda: inside_round(run, 3))
-        torchrun.process.send_signal(signal.SIGUSR1)
-        stopped_well(run, torchrun.wait()[1])
+        torchrun.send_signal(signal.SIGUSR1)
+        stopped_well(run, torchrun.ended()[1])
 
     # Two machines, of which each has its own torchrun.
     with socket.socket() as free:
@@ -259,7 +255,7 @@ def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(pa
     with machine() as one, machine() as two:
         one.until(lambda: inside_round(run, 4) and one.workers() and two.workers())
         os.kill((one.workers() | two.workers())[1], signal.SIGKILL)
-        ended = one.wait(), two.wait()
+        ended = one.ended(), two.ended()
     assert [status for status, _ in ended] == [0, 0], ended
 
     for suffix in (".pkl", ".queries.json"):
@@ -275,7 +271,7 @@ DIVERGES = [LFOSA, *TINY, "--lr-model", "1e30"]  # in both processes alike
 @pytest.mark.parametrize(("words", "text"), [(DIVERGES, "diverged"), ([__file__], "of rank 1")])
 def test_a_process_that_fails_tells_it_in_one_line_and_ends_all(tmp_path, words, text):
     with Torchrun(tmp_path, "--standalone", "--nproc-per-node=2", *words) as torchrun:
-        status, output = torchrun.wait()
+        status, output = torchrun.ended()
     assert status != 0
     (told,) = set(re.findall(r"(?:error|Error): (.+)", output))  # ChildFailedError says no more
     assert text in told
