@@ -35,17 +35,6 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-class Subsample(nn.Module):
-    """The parameter-free shortcut of He et al.'s CIFAR nets: every other pixel, zero channels."""
-
-    def __init__(self, extra_channels: int) -> None:
-        super().__init__()
-        self.extra_channels = extra_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra_channels))
-
-
 class ResNet(nn.Module):
     """Images (B, 3, H, W) -> features (B, F) and logits (B, C).
 
@@ -66,8 +55,9 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 wider = width * block.expansion
                 shortcut = None
-                if name == "resnet20" and stride == 2:
-                    shortcut = Subsample(width - channels)
+                if name == "resnet20" and stride == 2:  # every other pixel, zero channels
+                    zeros = nn.ZeroPad3d((0, 0, 0, 0, 0, width - channels))
+                    shortcut = nn.Sequential(nn.AvgPool2d(1, 2), zeros)
                 elif stride == 2 or channels != wider:
                     projection = nn.Conv2d(channels, wider, 1, stride, bias=False)
                     shortcut = nn.Sequential(projection, BatchNorm(wider))
