@@ -5,28 +5,18 @@ import ctypes
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.files import UserError
 
-# How long one rank waits for another. A crashed process is noticed at once; these timeouts matter
-# only if a whole machine disappears. In training all ranks do the same work at the same time; what
-# rank 0 does alone (a download, k-means over millions) takes longer.
-STEP_TIMEOUT, ALONE_TIMEOUT = timedelta(minutes=30), timedelta(hours=12)
-
-_control = None  # process group of gloo, on CUDA too: of Python objects and of long waits
-
-
-def launched() -> bool:
-    """Whether this is one of several processes that torchrun started."""
-    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-
+# torchrun notices a crashed process at once; this matters only if a whole machine disappears. What
+# rank 0 does alone (a download, k-means over millions) may take hours.
+TIMEOUT = timedelta(hours=12)
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -78,7 +68,7 @@ def setup_device(args: Namespace) -> torch.device:
     if launched():
         if args.compile:
             raise UserError("--compile is for one process: leave it out under torchrun")
-        _join("nccl" if device.type == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -100,8 +90,7 @@ def keep_memory() -> None:
 
 def _join(backend: str) -> None:
     """Join the other processes that torchrun started."""
-    global _control
-    start = ""
+    prefix = ""
     if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         # torchrun's store outlives a restart and still tells the dead processes' addresses
         # (PyTorch's issue 135712). Each machine counts restarts in its own way.
@@ -109,11 +98,15 @@ def _join(backend: str) -> None:
         if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
             needs = "--rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             raise UserError(f"to be restarted, several machines need {needs}")
-        start = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    store, rank, world = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-    place = {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": world}
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT, **place)
-    _control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
+        prefix = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    place = {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+
+
+def launched() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def local_rank() -> int:
@@ -142,8 +135,7 @@ def share(begin: int, end: int) -> tuple[slice, float]:
 
     DistributedDataParallel averages gradients over ranks: with the weight world / batch, the
     average is the gradient of the mean over the whole batch, however unequal the shares. A rank
-    without a share takes the first image at weight 0, since all ranks must take part: it adds
-    nothing to the gradient, only to SyncBatchNorm's statistics of that batch.
+    without a share takes the first image at weight 0, since all ranks must take part.
     """
     edges = bounds(end - begin)
     mine = slice(begin + edges[rank()], begin + edges[rank() + 1])
@@ -153,13 +145,12 @@ def share(begin: int, end: int) -> tuple[slice, float]:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor | None:
-    """Concatenate every rank's rows, (..., n, C), on rank 0; None on the others.
+    """Concatenate the first counts[r] rows of each rank r on rank 0; None on the others.
 
-    counts: the number of rows n of each rank.
+    rows: (..., n, C), of the same shape on every rank, n >= max(counts).
     """
     if world() == 1:
         return rows
-    rows = F.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2]))  # all must have the same shape
     parts = [torch.empty_like(rows) for _ in counts] if rank() == 0 else None
     dist.gather(rows, parts, dst=0)
     if parts is None:
@@ -169,27 +160,20 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor | None:
 
 def from_rank0(compute: Callable[[], object]) -> object:
     """Run `compute` on rank 0 and give its result, a picklable object, to every rank."""
-    if world() == 1:
-        return compute()
     box = [compute() if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, group=_control)
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def one_first(compute: Callable[[], object]) -> object:
     """Run `compute` on every rank, but on one of each machine first, which may download."""
-    if local_rank() == 0:
-        result = compute()
-    if world() > 1:
-        dist.barrier(group=_control)
-    return result if local_rank() == 0 else compute()
-
-
-def copy_rank0(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors of every rank with those of rank 0."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    if local_rank() > 0:
+        any_rank(False)
+        return compute()
+    result = compute()
+    any_rank(False)
+    return result
 
 
 def add(tensor: Tensor) -> None:
@@ -199,11 +183,9 @@ def add(tensor: Tensor) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; the same answer on all of them."""
-    if world() == 1:
-        return flag
+    """Whether `flag` is set on any rank; the same answer on all, which wait for each other."""
     total = torch.tensor(int(flag))
-    dist.all_reduce(total, group=_control)
+    add(total)
     return bool(total)
 
 

@@ -1,19 +1,7 @@
 """ResNets with the CIFAR stem (He et al., CVPR 2016), from torchvision's residual blocks.
 
 A 3x3 stride-1 convolution instead of the 7x7 one, no max-pooling, global average pooling, and
-PyTorch's default initialisation.
-
-Parameters of `resnet18` by hand, before the head. A k x k convolution from a to b channels has
-k k a b weights, and a batch norm of 2 b follows it; where the width changes, the shortcut is a
-1x1 convolution:
-    stem          9*3*64 + 128                                             =      1,856
-    64 channels   4 * (9*64*64 + 128)                                      =    147,968
-    128 channels  9*64*128 + 3*9*128*128 + 64*128 + 5*256                  =    525,568
-    256 channels  9*128*256 + 3*9*256*256 + 128*256 + 5*512                =  2,099,712
-    512 channels  9*256*512 + 3*9*512*512 + 256*512 + 5*1024               =  8,393,728
-                                                                     total = 11,168,832
-The head has P F + F parameters (pooled vector of P to F features; P = 512) plus F C + C, or
-P C + C without a feature layer.
+PyTorch's default initialisation. `resnet18` has 11,168,832 parameters before the head.
 """
 
 import copy
@@ -37,8 +25,7 @@ NETWORKS = {
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm that uses its running statistics where a channel has one single value.
 
-    That happens for a last batch of one image once the feature map is 1x1 (the 8x8 digits), where
-    a batch has no variance and nn.BatchNorm2d raises.
+    nn.BatchNorm2d raises there: for a last batch of one image and a 1x1 feature map (8x8 digits).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,17 +33,6 @@ class BatchNorm(nn.BatchNorm2d):
             statistics = self.running_mean, self.running_var
             return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
-
-
-class Subsample(nn.Module):
-    """The parameter-free shortcut of He et al.'s CIFAR nets: every other pixel, zero channels."""
-
-    def __init__(self, extra_channels: int) -> None:
-        super().__init__()
-        self.extra_channels = extra_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra_channels))
 
 
 class ResNet(nn.Module):
@@ -77,16 +53,16 @@ class ResNet(nn.Module):
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
+                wider = width * block.expansion
                 shortcut = None
-                if name == "resnet20" and stride == 2:
-                    shortcut = Subsample(width - channels)
-                elif stride == 2 or channels != width * block.expansion:
-                    convolution = nn.Conv2d(
-                        channels, width * block.expansion, 1, stride, bias=False
-                    )
-                    shortcut = nn.Sequential(convolution, BatchNorm(width * block.expansion))
+                if name == "resnet20" and stride == 2:  # every other pixel, zero channels
+                    zeros = nn.ZeroPad3d((0, 0, 0, 0, 0, width - channels))
+                    shortcut = nn.Sequential(nn.AvgPool2d(1, 2), zeros)
+                elif stride == 2 or channels != wider:
+                    projection = nn.Conv2d(channels, wider, 1, stride, bias=False)
+                    shortcut = nn.Sequential(projection, BatchNorm(wider))
                 self.stages.append(block(channels, width, stride, shortcut, norm_layer=BatchNorm))
-                channels = width * block.expansion
+                channels = wider
         self.pooled_dim = channels
         self.feature_dim = feat_dim or channels
         self.dropout_rate = dropout
@@ -113,8 +89,7 @@ class ResNet(nn.Module):
 def fold_batchnorm(network: ResNet) -> ResNet:
     """A copy of the network for inference, its batch norms folded into the convolutions.
 
-    In evaluation mode a batch norm is one multiply-add per channel, which the convolution before
-    it can do for free. The network itself is left as it is.
+    There a batch norm is one multiply-add per channel, which the convolution can do for free.
     """
     folded = copy.deepcopy(network).eval()
     for module in list(folded.modules()):

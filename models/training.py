@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from datasets import augment
 from datasets.augment import Images
 from datasets.files import UserError
 
-from . import center_loss, parallel
+from . import parallel
+from .center_loss import CenterLoss
 from .resnet import ResNet, fold_batchnorm
 
 MOMENTUM = 0.9  # published
@@ -69,11 +70,10 @@ def train(
     targets: (N,) int64 on the device, of all images. indices: (n,) int64 on the CPU; an image
     may stand there several times. generator(*purpose): a CPU generator; every epoch draws from
     its own. temperature: one per class, see `batch_loss`. lr_model is multiplied by gamma every
-    `stepsize` epochs. num_centers: of the center loss; classes beyond them (the invalid images'
-    class) have none. after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()`
-    returns; as `state` it lets another process go on from there, to the same bits on the CPU.
-    Under torchrun the ranks share out each batch.
-    Raises UserError after an epoch in which the loss or a weight became NaN or infinite.
+    `stepsize` epochs. num_centers: of the center loss; the classes after them have none.
+    after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()` returns; with it as
+    `state` another process goes on from there, on the CPU to the same bits. Under torchrun the
+    ranks share each batch. Raises UserError if the loss or a weight became NaN or infinite.
     """
     device, count = targets.device, len(indices)
     if temperature is not None:
@@ -81,8 +81,7 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), lr_model, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
     )
-    # Zero the momentum explicitly: fused SGD leaves it uninitialised if GradScaler skips the
-    # first step.
+    # Fused SGD leaves the momentum uninitialised if GradScaler skips the first step: zero it.
     for parameter in network.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, stepsize, gamma)
@@ -91,7 +90,7 @@ def train(
     centers = None
     if weight_cent > 0:
         shape = num_centers or network.fc.out_features, network.feature_dim
-        centers = center_loss.create(*shape, generator("centers"), device)
+        centers = CenterLoss(*shape, generator("centers")).to(device)
         center_optimizer = torch.optim.SGD(centers.parameters(), lr_cent)
         parts |= {"centers": centers, "center_optimizer": center_optimizer}
     first = 0
@@ -102,9 +101,13 @@ def train(
     module = network
     if parallel.world() > 1:
         module = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+
+    def snapshot() -> dict:
+        return {"epoch": epoch + 1} | {name: part.state_dict() for name, part in parts.items()}
+
     network.train()
-    bar = _bar("train", total=max_epoch, initial=first)
-    for epoch in range(first, max_epoch):
+    bar = _bar("train", range(first, max_epoch), initial=first, total=max_epoch)
+    for epoch in bar:
         draws = generator("epoch", epoch)
         order = indices[torch.randperm(count, generator=draws)].to(device)
         parameters = augment.draw(images, count, draws).to(device)
@@ -131,7 +134,10 @@ def train(
             scaler.scale(loss * weight).backward()
             scaler.step(optimizer)
             if centers is not None:
-                center_loss.step(centers, center_optimizer, scaler, 1 / weight_cent)
+                # The centres move as if their loss had weight 1 (Wen et al., algorithm 1).
+                parallel.add(centers.centers.grad)
+                centers.centers.grad.mul_(1 / weight_cent / parallel.world())
+                scaler.step(center_optimizer)
             scaler.update()
         parallel.add(loss_sum)
         mean_loss = float(loss_sum) / count
@@ -140,16 +146,11 @@ def train(
             raise UserError(f"training diverged in epoch {epoch + 1}: lower --lr-model")
         scheduler.step()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
-        bar.update()
-
-        def snapshot(done: int = epoch + 1) -> dict:
-            return {"epoch": done} | {name: part.state_dict() for name, part in parts.items()}
-
         after_epoch(epoch + 1, mean_loss, snapshot)
-    bar.close()
-    # Batch norm's running statistics: DistributedDataParallel copies rank 0's before every step,
-    # hence not after the last one, which some ranks may have done on a stand-in image.
-    parallel.copy_rank0(network.buffers())
+    if parallel.world() > 1:
+        # DistributedDataParallel copies rank 0's batch norm statistics before, not after a step.
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 @torch.inference_mode()
@@ -170,43 +171,36 @@ def predict(
     Returns for each of `fields`: "features" (n, F), "logits" (n, C) or "mc_logits" (S, n, C),
     float32 on the device. masks: (S, P) from `dropout_masks`, for mc_logits. parameters: (n, 9)
     from `augment.draw`, to apply the training augmentation after all. Under torchrun the ranks
-    share out the batches, rank 0 gets the result, and the others get None for each field.
+    share the batches, rank 0 gets the result, and the others get None for each field.
     Raises UserError if an output is NaN or infinite.
     """
-    device, size = images.pixels.device, eval_batch_size
+    device, size, classes = images.pixels.device, eval_batch_size, network.fc.out_features
     # Whole batches are shared out, so that each is the same computation on any number of ranks.
     edges = [min(e * size, len(indices)) for e in parallel.bounds(math.ceil(len(indices) / size))]
+    first, last = edges[parallel.rank()], edges[parallel.rank() + 1]
     counts = [end - begin for begin, end in itertools.pairwise(edges)]
-    mine = slice(edges[parallel.rank()], edges[parallel.rank() + 1])
-    # One shape, hence one compilation and one choice of cuDNN's: the last batch is filled up, and
-    # its surplus cut off.
-    n = counts[parallel.rank()]
-    surplus = -n % size if compile or device.type == "cuda" else 0
-    indices = F.pad(indices[mine], (0, surplus)).to(device)
-    if parameters is not None:
-        parameters = F.pad(parameters[mine], (0, 0, 0, surplus)).to(device)
-    classes = network.fc.out_features
-    shapes = {"features": (n + surplus, network.feature_dim), "logits": (n + surplus, classes)}
-    if masks is not None:
-        shapes["mc_logits"] = (len(masks), n + surplus, classes)
-    filled = {name: torch.empty(shapes[name], device=device) for name in fields}
+    rows, samples = max(counts), 0 if masks is None else len(masks)
+    shapes = {"features": (rows, network.feature_dim), "logits": (rows, classes)}
+    shapes["mc_logits"] = samples, rows, classes
+    outputs = {name: torch.empty(shapes[name], device=device) for name in fields}
     folded = fold_batchnorm(network)
-    forward = _compiled(_forward, device.type) if compile else _forward
-    for begin in _bar("predict", range(0, n, size)):
-        rows = slice(begin, begin + size)
+    for begin in _bar("predict", range(first, last, size)):
+        end = min(begin + size, last)
+        index = indices[begin:end].to(device)
         if parameters is None:
-            batch = augment.normalize(images, indices[rows])
+            batch = augment.normalize(images, index)
         else:
-            batch = augment.augment(images, indices[rows], parameters[rows])
-        outputs = forward(folded, batch, masks, AMP[amp])
-        for name, tensor in filled.items():
-            tensor[..., rows, :] = outputs[name]
-    result = {}
-    for name, tensor in filled.items():
-        result[name] = parallel.gather_rows(tensor[..., :n, :], counts)
-        if result[name] is not None and not torch.isfinite(result[name]).all():
+            batch = augment.augment(images, index, parameters[begin:end].to(device))
+        # As in training, only whole batches are compiled.
+        forward = _compiled(_forward, device.type) if compile and len(index) == size else _forward
+        found = forward(folded, batch, masks, AMP[amp])
+        for name, tensor in outputs.items():
+            tensor[..., begin - first : end - first, :] = found[name]
+    for name, tensor in outputs.items():
+        outputs[name] = parallel.gather_rows(tensor, counts)
+        if parallel.rank() == 0 and not outputs[name].isfinite().all():
             raise UserError(f"the network's {name} are not finite: lower --lr-model")
-    return result
+    return outputs
 
 
 def _forward(network: ResNet, images: Tensor, masks: Tensor | None, amp) -> dict[str, Tensor]:
@@ -242,14 +236,13 @@ def evaluate(network: ResNet, images: Images, targets: Tensor, **settings) -> fl
 def _compiled(function: Callable, device_type: str) -> Callable:
     """torch.compile, once per function; with CUDA graphs on CUDA.
 
-    CUDA graphs reuse output buffers: copy what must outlive a batch. A new network has new
-    addresses, so its first batch records the graph anew.
+    CUDA graphs reuse output buffers: copy what must outlive a batch.
     """
     mode = "reduce-overhead" if device_type == "cuda" else None
     return torch.compile(function, mode=mode, dynamic=False)
 
 
-def _bar(description: str, iterable=None, **options) -> tqdm:
+def _bar(description: str, iterable: Iterable, **options) -> tqdm:
     """A progress bar of rank 0, shown only on a terminal and removed when done."""
     disable = True if parallel.rank() else None
     return tqdm(iterable, description, leave=False, disable=disable, **options)

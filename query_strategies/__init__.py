@@ -1,8 +1,7 @@
 """Query strategies: pure functions from the pool's outputs to positions in the pool.
 
-To add one: copy `uncertainty.py` to a new file, change what `query` computes, list in READS the
-fields of PoolOutputs that it uses, and import it and add a line to STRATEGIES below. Its name may
-have letters, digits, "-" and single "_".
+To add one: copy `uncertainty.py`, change what `query` computes and the fields of PoolOutputs in
+READS, and add it to STRATEGIES. Its name may have letters, digits, "-" and single "_".
 """
 
 from types import ModuleType
@@ -27,8 +26,7 @@ from . import (
 )
 from .outputs import PoolOutputs
 
-# What --query-strategy offers, in both scripts; NEEDS_DETECTOR = True in a module keeps it to
-# AL_center_temperature.py.
+# NEEDS_DETECTOR = True in a module keeps it to AL_center_temperature.py.
 STRATEGIES: dict[str, ModuleType] = {
     # The lines of the paper's figures: LfOSA and what it is compared with.
     "AV_temperature": av_temperature,

@@ -18,38 +18,30 @@ from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
-NO_CANDIDATE = -1.0  # below every posterior: taken only once all candidates are
+NO_CANDIDATE = -1.0  # below every posterior: taken last, in chance order
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
-    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size.
-
-    Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
-    """
+    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
     mav = outputs.logits.amax(1)
     return top_k(upper_posterior(mav, outputs.logits, generator), count, generator)
 
 
 def upper_posterior(values: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Posterior of the component with the larger mean, (n,) float64; else NO_CANDIDATE.
+    """Posterior of the component with the larger mean, (n,) float64, on the logits' device.
 
-    values: (n,), which the mixtures are fitted to; logits: (n, C), for the predicted classes.
+    values: (n,), which the mixtures are fitted to; logits: (n, C), for the predicted classes. An
+    image of a class that is predicted fewer than twice gets NO_CANDIDATE.
     """
-    prediction = logits.argmax(1)
-    # Grouped by one stable sort: each class is a run of `by_class`, in pool order.
-    by_class = torch.argsort(prediction, stable=True)
-    sizes = torch.bincount(prediction, minlength=logits.shape[1]).tolist()
-    values = values[by_class].double().cpu().numpy()
-    seeds = torch.randint(2**31, (len(sizes),), generator=generator).tolist()
-    probability = np.full(len(values), NO_CANDIDATE)
-    end = 0
+    values, prediction = values.double().cpu().numpy(), logits.argmax(1).cpu().numpy()
+    seeds = torch.randint(2**31, logits.shape[1:], generator=generator).tolist()
+    posterior = np.full(len(values), NO_CANDIDATE)
     with threadpool_limits(1):  # more threads only wait for each other on so few numbers
-        for size, seed in zip(sizes, seeds, strict=True):
-            begin, end = end, end + size
-            if size >= 2:
-                probability[begin:end] = _of_one_class(values[begin:end], seed)
-    scores = torch.empty(len(values), dtype=torch.float64, device=logits.device)
-    return scores.index_copy_(0, by_class, torch.from_numpy(probability).to(logits.device))
+        for c, seed in enumerate(seeds):
+            images = np.flatnonzero(prediction == c)
+            if len(images) >= 2:
+                posterior[images] = _of_one_class(values[images], seed)
+    return torch.from_numpy(posterior).to(logits.device)
 
 
 def _of_one_class(values: np.ndarray, seed: int) -> np.ndarray:

@@ -14,10 +14,7 @@ NEEDS_DETECTOR = True  # logits without class K would mean nothing here
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
-    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size.
-
-    Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
-    """
+    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
     unknown = outputs.logits.argmax(1) == outputs.num_known
     probability = upper_posterior(outputs.logits.amax(1), outputs.logits, generator)
     return top_k(probability.masked_fill(unknown, 0), count, generator)

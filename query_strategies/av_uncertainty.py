@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from .av_based import upper_posterior
-from .outputs import PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 from .uncertainty import entropy
 
 READS = ("logits",)  # fields of PoolOutputs
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
-    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size.
-
-    Images of a class predicted fewer than twice are no candidates: they come last, in chance order.
-    """
-    values = outputs.logits.amax(1) * entropy(outputs.logits)
+    """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
+    values = outputs.logits.amax(1) * in_chunks(entropy, outputs.logits)
     return top_k(upper_posterior(values, outputs.logits, generator), count, generator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .outputs import CHUNK, PoolOutputs, distance_to, top_k
+from .outputs import PoolOutputs, distance_to, in_chunks, top_k
 
 READS = ("features", "logits")  # fields of PoolOutputs
 
@@ -25,7 +25,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """
     prediction = one_hot(outputs.logits.argmax(1), outputs.logits.shape[1])
     errors = outputs.logits.double().softmax(1) - prediction
-    e_norms, f_norms = squared_norms(errors), squared_norms(outputs.features)
+    e_norms, f_norms = (in_chunks(squared_norms, rows) for rows in (errors, outputs.features))
     chosen = top_k(e_norms * f_norms, 1, generator).tolist()
     nearest = torch.full((outputs.size,), math.inf, dtype=torch.float64)
     for draw in torch.rand(count - 1, dtype=torch.float64, generator=generator):
@@ -40,7 +40,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row: (n, F) -> (n,) float64."""
-    return torch.cat([part.double().square().sum(1) for part in rows.split(CHUNK)])
+    return rows.double().square().sum(1)
 
 
 def squared_distances(

@@ -4,17 +4,14 @@
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 
 READS = ("mc_logits",)  # fields of PoolOutputs
-
-CHUNK = 1 << 16  # pool images at a time, so that a million need no gigabytes of temporaries
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    parts = outputs.mc_logits.split(CHUNK, dim=1)
-    information = torch.cat([mutual_information(part) for part in parts])
+    information = in_chunks(mutual_information, outputs.mc_logits, dim=1)
     return top_k(information, count, generator)
 
 

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 from .uncertainty import entropy
 
 READS = ("logits",)  # fields of PoolOutputs
@@ -12,4 +12,4 @@ READS = ("logits",)  # fields of PoolOutputs
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    return top_k(-entropy(outputs.logits), count, generator)
+    return top_k(-in_chunks(entropy, outputs.logits), count, generator)

@@ -42,11 +42,10 @@ def nearest_distinct(centers: np.ndarray, features: np.ndarray) -> np.ndarray:
     centers: (k, F), features: (n, F), k <= n.
     """
     chosen = pairwise_distances_argmin(centers, features)
-    first = np.zeros(len(centers), bool)
-    first[np.unique(chosen, return_index=True)[1]] = True
     taken = np.zeros(len(features), bool)
-    taken[chosen[first]] = True
-    for i in np.flatnonzero(~first):  # few, unless images are equal
+    taken[chosen] = True
+    _, first = np.unique(chosen, return_index=True)
+    for i in np.setdiff1d(range(len(centers)), first):  # few, unless images are equal
         distance = np.square(features - centers[i]).sum(1)
         distance[taken] = np.inf
         chosen[i] = distance.argmin()

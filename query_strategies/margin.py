@@ -4,20 +4,17 @@ Wrobel, "Active Hidden Markov Models for Information Extraction", IDA 2001)."""
 import torch
 from torch import Tensor
 
-from .outputs import CHUNK, PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    return top_k(-gap(outputs.logits), count, generator)
+    return top_k(-in_chunks(gap, outputs.logits), count, generator)
 
 
 def gap(logits: Tensor) -> Tensor:
     """Largest minus second largest probability: (n, C) -> (n,) float64; 0 if C is 1."""
-    parts = []
-    for part in logits.split(CHUNK):
-        largest = part.double().softmax(1).topk(min(2, logits.shape[1])).values
-        parts.append(largest[:, 0] - largest[:, -1])
-    return torch.cat(parts)
+    largest = logits.double().softmax(1).topk(min(2, logits.shape[1])).values
+    return largest[:, 0] - largest[:, -1]

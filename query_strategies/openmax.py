@@ -11,7 +11,7 @@ import torch
 from scipy.stats import weibull_min
 from torch import Tensor
 
-from .outputs import CHUNK, PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 
 READS = ("logits", "labeled_logits", "labeled_targets")  # fields of PoolOutputs
 
@@ -24,8 +24,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     known = slice(outputs.num_known)
     fitted = fit(outputs.labeled_logits[:, known], outputs.labeled_targets)
     fitted = [tensor.to(outputs.logits.device) for tensor in fitted]
-    parts = outputs.logits[:, known].split(CHUNK)
-    unknown = torch.cat([unknown_probability(part, *fitted) for part in parts])
+    unknown = in_chunks(lambda part: unknown_probability(part, *fitted), outputs.logits[:, known])
     return top_k(-unknown, count, generator)
 
 

@@ -1,11 +1,12 @@
 """What a strategy sees, and how it takes the best images."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # pool images at a time, so that a million need no gigabytes of temporaries
+CHUNK = 1 << 16  # images at a time
 
 
 class PoolOutputs(NamedTuple):
@@ -23,6 +24,14 @@ class PoolOutputs(NamedTuple):
     labeled_features: Tensor | None = None  # (m, F) float32
     labeled_logits: Tensor | None = None  # (m, C) float32
     labeled_targets: Tensor | None = None  # (m,) int64, 0..K-1
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:
+    """function(rows), CHUNK images at a time: a million need no gigabytes of temporaries.
+
+    dim: of the images in `rows`; in the result it is the first.
+    """
+    return torch.cat([function(part) for part in rows.split(CHUNK, dim)])
 
 
 def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -4,20 +4,17 @@
 import torch
 from torch import Tensor
 
-from .outputs import CHUNK, PoolOutputs, top_k
+from .outputs import PoolOutputs, in_chunks, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    return top_k(entropy(outputs.logits), count, generator)
+    return top_k(in_chunks(entropy, outputs.logits), count, generator)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats: (n, C) -> (n,) float64; float32 underflows to NaN."""
-    parts = []
-    for part in logits.split(CHUNK):
-        log_probability = part.double().log_softmax(1)
-        parts.append(-(log_probability.exp() * log_probability).sum(1))
-    return torch.cat(parts)
+    log_probability = logits.double().log_softmax(1)
+    return -(log_probability.exp() * log_probability).sum(1)

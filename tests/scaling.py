@@ -1,11 +1,9 @@
 """What a second process brings, and costs: python -m tests.scaling prints a Markdown table.
 
-Two gloo processes with one thread each on this machine. Prediction by one process alone and by
-both is measured in turns, so that whatever else the machine does weighs on both.
+Two gloo processes with one thread each on this machine; prediction by one and by both in turn.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -52,14 +50,13 @@ def measure() -> dict[str, list[float]]:
         parallel.from_rank0(lambda: torch.arange(QUERY))
 
     times = {call.__name__: [] for call in (alone, both, gather, broadcast)}
-    for turn in range(TURNS + 1):  # the first one warms up
+    for _ in range(TURNS + 1):
         for call in (alone, both, gather, broadcast):
             dist.barrier()
             begin = time.perf_counter()
             call()
-            if turn:
-                times[call.__name__].append(time.perf_counter() - begin)
-    return times
+            times[call.__name__].append(time.perf_counter() - begin)
+    return {name: each[1:] for name, each in times.items()}  # the first turn warms up
 
 
 def main() -> None:
@@ -69,23 +66,15 @@ def main() -> None:
         sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
     times = measure()
     if parallel.rank() == 0:
-        alone, both = ([IMAGES / t for t in times[name]] for name in ("alone", "both"))
-        width = sum(FLOATS.values())
         rows = {
-            "prediction, 1 process, images/s": alone,
-            "prediction, 2 processes, images/s": both,
-            "2 processes over 1": [b / a for a, b in zip(alone, both, strict=True)],
-            f"gather {POOL:,} x {width} floats ({4 * POOL * width / 1e6:.0f} MB), s": times[
-                "gather"
-            ],
+            "scoring, 2 processes over 1": np.divide(times["alone"], times["both"]),
+            f"gather {POOL:,} x {sum(FLOATS.values())} floats, s": times["gather"],
             f"broadcast {QUERY:,} positions, s": times["broadcast"],
         }
         print("| what | median | lowest | highest |\n|---|---|---|---|")
         for what, values in rows.items():
-            numbers = statistics.median(values), min(values), max(values)
-            print(f"| {what} | " + " | ".join(f"{number:.4g}" for number in numbers) + " |")
-        machine = f"{os.cpu_count()} cores, torch {torch.__version__}"
-        print(f"\n{TURNS} turns, {machine}; load average at the end {os.getloadavg()[0]:.1f}")
+            print(f"| {what} | {np.median(values):.4g} | {min(values):.4g} | {max(values):.4g} |")
+        print(f"\n{TURNS} turns, {os.cpu_count()} cores, PyTorch {torch.__version__}")
     dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 import math
 from functools import partial
 
@@ -12,14 +13,12 @@ import torch
 import torchvision
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
 from datasets import augment
 from datasets.files import UserError
-from models import center_loss, training
-from models.resnet import NETWORKS, Subsample, fold_batchnorm
+from models.resnet import NETWORKS, fold_batchnorm
 from utils import generator
 
 CPU = torch.device("cpu")
@@ -34,14 +33,10 @@ def tiny(monkeypatch):
     monkeypatch.setitem(NETWORKS, "tiny", (BasicBlock, (8, 16), (1, 1)))
 
 
-class Interrupted(Exception):
-    pass
-
-
-def make_data(count=60, size=8, seed=0, device=CPU):
+def make_data(count=60, size=8, device=CPU):
     """Random images, and their targets: 4 known classes and, as class 4, unknown images."""
     shape = count, size, size, 3
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = augment.to_device(pixels, MEAN, STD, 1, True, device)
     return images, (torch.arange(count) % 5).to(device)
 
@@ -68,9 +63,9 @@ def plain_input(images, index):
 
 
 @torch.no_grad()
-def randomize_statistics(network, seed=0):
+def randomize_statistics(network):
     """As if the network had been trained: no batch norm is close to the identity."""
-    draws = generator(seed, "statistics")
+    draws = generator(0, "statistics")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
@@ -87,7 +82,9 @@ def assert_same(network, other):
 
 # ---- networks ----------------------------------------------------------------------------------
 
-BACKBONES = {  # parameters below the head, by hand as in models/resnet.py; pooled vector P
+# Parameters before the head, and entries of the pooled vector. By hand: a k x k convolution from a
+# to b channels has k k a b weights, and a batch norm of 2 b follows it.
+BACKBONES = {
     "resnet18": (11_168_832, 512),
     "resnet34": (21_276_992, 512),
     "resnet50": (23_500_352, 2048),
@@ -98,12 +95,13 @@ BACKBONES = {  # parameters below the head, by hand as in models/resnet.py; pool
 @pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_parameter_counts(name):
     backbone, pooled = BACKBONES[name]
-    for classes, feat_dim in ((10, 0), (20, 2), (1, 7)):
+    for classes, feat_dim in ((10, 0), (20, 2)):
         with torch.device("meta"):
             network = models.ResNet(name, classes, feat_dim)
-        head = pooled * classes + classes
+        features = feat_dim or pooled
+        head = features * classes + classes
         if feat_dim:
-            head = pooled * feat_dim + feat_dim + feat_dim * classes + classes
+            head += pooled * feat_dim + feat_dim
         assert sum(p.numel() for p in network.parameters()) == backbone + head
 
 
@@ -122,35 +120,31 @@ def test_equals_torchvision_with_another_stem(name):
 
 
 def test_resnet20_has_shortcuts_without_parameters():
-    network = create("resnet20")
-    shortcut, _ = (module for module in network.modules() if isinstance(module, Subsample))
+    shortcut = create("resnet20").stages[3].downsample
     x = torch.randn(2, 16, 6, 6)
     y = shortcut(x)
-    assert y.shape == (2, 32, 3, 3)
-    for i in range(3):
-        for j in range(3):
-            assert torch.equal(y[:, :16, i, j], x[:, :, 2 * i, 2 * j])
-    assert y[:, 16:].count_nonzero() == 0
+    for i, j in itertools.product(range(3), repeat=2):
+        assert torch.equal(y[:, :, i, j], nn.functional.pad(x[:, :, 2 * i, 2 * j], (0, 16)))
 
 
-@pytest.mark.parametrize("feat_dim", [0, 2])
+@pytest.mark.parametrize("synchronised", [False, True])  # as CUDA ranks train
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_outputs_memory_format_and_folded_batch_norms(name, feat_dim):
-    network = randomize_statistics(create(name, 4, feat_dim)).eval()
-    tensors = list(network.parameters())
-    for module in network.stages:
-        module.register_forward_hook(lambda *a: tensors.append(a[-1]))
+def test_outputs_memory_format_and_folded_batch_norms(name, synchronised):
+    network = randomize_statistics(create(name, 4, 2)).eval()
     images = torch.randn(3, 3, 16, 16).to(memory_format=torch.channels_last)
     with torch.no_grad():
         features, logits = network(images)
-        assert features.shape == (3, feat_dim or BACKBONES[name][1])
+        assert features.shape == (3, 2)
         assert torch.equal(logits, network.fc(features))
-        for tensor in tensors:
-            assert tensor.ndim < 4 or tensor.is_contiguous(memory_format=torch.channels_last)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                assert parameter.is_contiguous(memory_format=torch.channels_last)
 
+        if synchronised:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         before = copy.deepcopy(network)
         folded = fold_batchnorm(network)
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+        assert not any("running_mean" in name for name in folded.state_dict())
         assert_same(network, before)
         for ours, expected in zip(folded(images), (features, logits), strict=True):
             assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -184,27 +178,6 @@ def test_dropout_acts_on_the_pooled_vector_in_training_only():
 
 
 # ---- training ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_center_loss_and_its_gradient_against_a_loop_over_images(seed):
-    """Invalid images, of class 4, have no centre."""
-    draws = generator(seed, "center loss")
-    loss = center_loss.create(4, 3, draws, CPU)
-    features = torch.randn(20, 3, generator=draws, requires_grad=True)
-    targets = torch.randint(5, (20,), generator=draws)
-    total, pull, push = 0.0, torch.zeros(4, 3), torch.zeros(20, 3)
-    for i, target in enumerate(targets.tolist()):
-        if target < 4:
-            difference = (features[i] - loss.centers[target]).detach()
-            total += sum(d**2 for d in difference.tolist())
-            push[i] = 2 * difference
-            pull[target] -= 2 * difference
-    ours = loss(features, targets)
-    ours.backward()
-    assert float(ours.detach()) == pytest.approx(total, rel=1e-5)
-    assert torch.allclose(features.grad, push)
-    assert torch.allclose(loss.centers.grad, pull, atol=1e-5)
 
 
 def plain_training(network, images, targets, indices, temperature, weight_cent):
@@ -243,7 +216,7 @@ def plain_training(network, images, targets, indices, temperature, weight_cent):
 @pytest.mark.parametrize("temperature", [None, [0.5] * 4 + [2.0]])
 @pytest.mark.parametrize("weight_cent", [0.0, 0.05, 1.0])
 def test_training_is_plain_sgd_on_the_mean_loss(weight_cent, temperature):
-    """Momentum, weight decay, decay of the learning rate, a partial batch, repeated images."""
+    """Center loss, weight decay, decay of the learning rate, a partial batch, repeated images."""
     data, indices = make_data(), torch.cat([torch.arange(3, 43), torch.tensor([4, 4, 9, 6])])
     ours, theirs = create(feat_dim=3), create(feat_dim=3)
     settings = {"max_epoch": 5, "stepsize": 2, "weight_cent": weight_cent, "num_centers": 4}
@@ -261,26 +234,6 @@ def test_the_published_setting_is_the_default():
     assert {key: parameters[key].default for key in published} == published
 
 
-def test_an_index_that_stands_three_times_is_as_good_as_three_images():
-    images, targets = make_data()
-    for copied in (30, 31):
-        images.pixels[64 * copied : 64 * (copied + 1)] = images.pixels[64 * 4 : 64 * 5]
-        targets[copied] = targets[4]
-    network, other, indices = create(), create(), torch.arange(32)
-    expected = train(other, (images, targets), indices)
-    indices[30:32] = 4
-    assert train(network, (images, targets), indices) == expected
-    assert_same(network, other)
-
-
-def test_center_loss_of_weight_zero_draws_no_centers():
-    def draws(*purpose):
-        assert purpose[0] == "epoch"
-        return generator(0, *purpose)
-
-    models.train(create(), *make_data(), torch.arange(4), draws, max_epoch=1, weight_cent=0.0)
-
-
 def test_a_batch_of_one_image_on_a_1x1_feature_map():
     """8x8 images through resnet18: in the last batch, batch norm has one value per channel."""
     network, data = create("resnet18", feat_dim=2), make_data()
@@ -290,38 +243,35 @@ def test_a_batch_of_one_image_on_a_1x1_feature_map():
 
 
 DIVERGENCES = {
-    "loss and weights": {"lr_model": 1e9},
+    "loss": {"lr_model": 1e9},
     "weights, in the last step": {"lr_model": 1e38, "temperature": [1e-3] * 5, "batch_size": 40},
-    "loss, while fp16 skips all steps": {"amp": "fp16", "temperature": [1e-38] * 5},
 }
 
 
 @pytest.mark.parametrize("what", DIVERGENCES)
 def test_divergence_is_the_users_to_mend_and_is_not_kept(what):
-    def after_epoch(*_):
-        raise AssertionError("told as a sound epoch")
-
-    settings = DIVERGENCES[what] | {"after_epoch": after_epoch}
+    kept, settings = [], DIVERGENCES[what] | {"after_epoch": lambda *epoch: kept.append(epoch)}
     with pytest.raises(UserError, match="--lr-model"):
         train(create(), make_data(), torch.arange(40), **settings)
+    assert not kept
 
 
 OVERFLOW = {"amp": "fp16", "temperature": [0.2] * 5}  # gradients too large for the first steps
 
 
 def test_a_first_step_that_overflows_in_fp16_is_skipped():
-    """Memory that nobody has written to is NaN here, which the momentum must not be."""
-    once, often = create(), create()
-    torch.use_deterministic_algorithms(True)
+    network, new = create(), create()
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
     try:
-        train(once, make_data(), torch.arange(16), max_epoch=1, **OVERFLOW)
-        train(often, make_data(), torch.arange(16), max_epoch=4, **OVERFLOW)
+        train(network, make_data(), torch.arange(16), max_epoch=1, **OVERFLOW)
+        for parameter, first in zip(network.parameters(), new.parameters(), strict=True):
+            assert torch.equal(parameter, first)
+        train(network, make_data(), torch.arange(16), max_epoch=4, **OVERFLOW)
     finally:
         torch.use_deterministic_algorithms(False)
-    for first, *both in zip(*(n.parameters() for n in (create(), once, often)), strict=True):
-        assert torch.equal(both[0], first)
-        assert not torch.equal(both[1], first)
-        assert both[1].isfinite().all()
+    for parameter, first in zip(network.parameters(), new.parameters(), strict=True):
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, first)
 
 
 VARIANTS = {  # settings, and the probability of dropout
@@ -345,11 +295,11 @@ def test_training_interrupted_after_every_epoch_is_the_same_bit_by_bit(variant):
         losses.append(loss)
         saved.seek(0)
         torch.save(snapshot(), saved)
-        raise Interrupted
+        raise KeyboardInterrupt
 
     network, state = create(dropout=dropout), None
     for epoch in range(4):
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             train(network, data, indices, state=state, after_epoch=after_epoch, **settings)
         # Another process knows nothing but the file.
         saved.seek(0)
@@ -365,17 +315,16 @@ def test_training_interrupted_after_every_epoch_is_the_same_bit_by_bit(variant):
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-@pytest.mark.parametrize("eval_batch_size", [1, 16, 33, 256])
-@pytest.mark.parametrize("feat_dim", [0, 2])
-def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, feat_dim, augmented):
-    network = randomize_statistics(create(feat_dim=feat_dim, dropout=0.5))
+@pytest.mark.parametrize("eval_batch_size", [1, 16, 256])
+def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, augmented):
+    network = randomize_statistics(create(feat_dim=2, dropout=0.5))
     images, indices = make_data()[0], torch.randperm(60, generator=generator(0))[:33]
     masks = models.dropout_masks(network, 3, generator(0))
     parameters, inputs = None, [plain_input(images, i) for i in indices.tolist()]
     if augmented:
         parameters = augment.draw(images, 33, generator(1))
         inputs = augment.augment(images, indices, parameters).split(1)
-    expected = {"features": torch.zeros(33, network.feature_dim), "logits": torch.zeros(33, 5)}
+    expected = {"features": torch.zeros(33, 2), "logits": torch.zeros(33, 5)}
     expected["mc_logits"] = torch.zeros(3, 33, 5)
     plain = copy.deepcopy(network).eval()
     with torch.no_grad():
@@ -384,7 +333,7 @@ def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, feat_dim, 
             for j, mask in enumerate(masks):
                 expected["mc_logits"][j, i] = plain.head(plain.pooled(image)[0] * mask)[1]
     settings = {"eval_batch_size": eval_batch_size, "masks": masks, "parameters": parameters}
-    for fields in (FIELDS, ("features",), ("mc_logits",)):
+    for fields in (FIELDS, ("mc_logits",)):
         outputs = models.predict(network, images, indices, fields, **settings)
         assert tuple(outputs) == fields
         for field in fields:
@@ -394,36 +343,28 @@ def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, feat_dim, 
 
 
 def test_dropout_masks():
-    network = create("resnet20", dropout=0.3)
-    masks = models.dropout_masks(network, 2000, generator(0))
+    masks = models.dropout_masks(create("resnet20", dropout=0.3), 2000, generator(0))
     assert masks.shape == (2000, 64)
     assert set(masks.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
     assert (masks.mean(0) - 1).abs().max() < 0.09  # 6 standard deviations
     assert (torch.corrcoef(masks.T).fill_diagonal_(0)).abs().max() < 0.13
-    assert torch.equal(masks, models.dropout_masks(network, 2000, generator(0)))
-    assert not torch.equal(masks, models.dropout_masks(network, 2000, generator(1)))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_accuracy_equals_counting(seed):
-    images, targets = make_data(37, seed=seed)
-    network = randomize_statistics(create(seed=seed), seed)
+def test_accuracy_equals_counting():
+    images, targets = make_data(37)
+    network = randomize_statistics(create())
     logits = models.predict(network, images, torch.arange(37))["logits"].tolist()
     guesses = [row.index(max(row)) for row in logits]
     correct = sum(a == b for a, b in zip(guesses, targets.tolist(), strict=True))
     assert 0 < correct < 37
-    accuracy = models.evaluate(network, images, targets, eval_batch_size=16)
-    assert accuracy == 100 * correct / 37
+    assert models.evaluate(network, images, targets, eval_batch_size=16) == 100 * correct / 37
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_outputs_that_are_not_finite_are_the_users_to_mend(value):
+def test_outputs_that_are_not_finite_are_the_users_to_mend():
     network, data = create(), make_data()
-    network.fc.bias.data[0] = value
+    network.fc.bias.data[0] = math.nan
     with pytest.raises(UserError, match="--lr-model"):
         models.predict(network, data[0], torch.arange(9))
-    with pytest.raises(UserError, match="--lr-model"):
-        models.evaluate(network, *data)
 
 
 # ---- torch.compile -----------------------------------------------------------------------------
@@ -453,49 +394,13 @@ def test_compilation_happens_in_the_first_round_only_and_changes_nothing(monkeyp
 # ---- CUDA --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and not torch.cuda.is_available(),
-    reason="fake CUDA tensors of this PyTorch ask for a real device in cross_entropy",
-)
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_cuda_path_mixes_no_devices(monkeypatch):
-    """Without a GPU: fake tensors compute nothing and have no backward pass, but refuse to mix
-    host and device. Training goes up to the loss of its first step, prediction to its end."""
-
-    def loss_alone(*args, batch_loss=training.batch_loss):
-        features, loss = batch_loss(*args)
-        assert (features.device.type, loss.device.type) == ("cuda", "cuda")
-        raise Interrupted
-
-    monkeypatch.setattr(training, "batch_loss", loss_alone)
-    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
-    monkeypatch.setattr(FakeTensor, "__bool__", lambda tensor: True, raising=False)
-    device, mode = torch.device("cuda"), FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # fold_batchnorm copies the network
-    with mode:
-        with device:
-            network = models.ResNet("resnet20", 5, 2, 0.5)
-        data, index = make_data(20, device=device), torch.arange(20)
-        parameters = augment.draw(data[0], 20, generator(0))
-        with pytest.raises(RuntimeError, match="device"):  # it does refuse
-            augment.augment(data[0], index, parameters.to(device))
-        with pytest.raises(Interrupted):
-            train(network, data, index, temperature=[0.5] * 5)
-        masks = models.dropout_masks(network, 3, generator(0))
-        for augmentation in (None, parameters):
-            settings = {"masks": masks, "parameters": augmentation}
-            outputs = models.predict(network, data[0], index, FIELDS, **settings)
-            assert {outputs[field].device.type for field in FIELDS} == {"cuda"}
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("amp", list(models.AMP))
-@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
-def test_training_and_prediction_on_cuda(name, amp, compile):
+def test_training_and_prediction_on_cuda(amp, compile):
     """The outputs are the CPU's, within the precision of the type."""
     device, index, settings = torch.device("cuda"), torch.arange(50), {"amp": amp}
-    network, data = create(name, 5, 2, 0, 0.5, device), make_data(size=32, device=device)
+    network, data = create("resnet18", 5, 2, 0, 0.5, device), make_data(size=32, device=device)
     settings["compile"] = compile
     train(network, data, index, temperature=[0.5] * 5, weight_cent=0.1, **settings)
     masks = models.dropout_masks(network, 3, generator(0))

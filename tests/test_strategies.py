@@ -4,7 +4,6 @@ import bisect
 import itertools
 import math
 import random
-import types
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 from torch.nn.functional import cross_entropy, one_hot
 
-from query_strategies import STRATEGIES, PoolOutputs, kmeans, openmax, select
-from query_strategies.outputs import top_k
+from query_strategies import STRATEGIES, PoolOutputs, kmeans, select
 from query_strategies.uncertainty import entropy
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -58,28 +56,6 @@ def changed(outputs, change):
     return outputs._replace(**{name: change(tensor) for name, tensor in fields.items()})
 
 
-def doubled(outputs):
-    """Every image is in the pool twice."""
-    return outputs._replace(
-        size=2 * outputs.size,
-        features=outputs.features.repeat(2, 1),
-        logits=outputs.logits.repeat(2, 1),
-        mc_logits=outputs.mc_logits.repeat(1, 2, 1),
-    )
-
-
-def one_class_once(outputs):
-    outputs.logits[:, 2] = -20
-    outputs.logits[7, 2] = 20
-    return outputs
-
-
-def every_class_once(outputs):
-    """Nothing for a mixture to be fitted to."""
-    outputs.logits.add_(20 * torch.eye(outputs.size))
-    return outputs
-
-
 def all_unknown(outputs):
     for logits in outputs.logits, outputs.mc_logits, outputs.labeled_logits:
         logits[..., -1] += 40
@@ -89,9 +65,6 @@ def all_unknown(outputs):
 POOLS = {
     "ordinary": pool,
     "constant": lambda seed: changed(pool(seed), torch.ones_like),
-    "doubled": lambda seed: doubled(pool(seed, SIZE // 2)),
-    "one class once": lambda seed: one_class_once(pool(seed)),
-    "every class once": lambda seed: every_class_once(pool(seed, KNOWN + 1)),
     "all unknown": lambda seed: all_unknown(pool(seed)),
     "extreme": lambda seed: changed(pool(seed), lambda tensor: 1e4 * tensor.sign()),
     "classifier of one class": lambda seed: pool(seed, known=1, classes=1),
@@ -128,31 +101,17 @@ def test_contract(name, kind, device):
             assert torch.equal(positions, select(name, given, count, seeded(seed)))
 
 
-@pytest.mark.parametrize("kind", POOLS)
-def test_a_strategy_of_ones_own_keeps_the_contract(kind, monkeypatch):
-    """What a user writes: a module of five lines and an entry in the registry."""
-    module = types.ModuleType("shortest")
-    module.READS = ("features",)
-    module.query = lambda outputs, count, rng: top_k(-outputs.features.norm(dim=1), count, rng)
-    monkeypatch.setitem(STRATEGIES, "shortest", module)
-    test_contract("shortest", kind, "cpu")
-
-
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "KMeans"])
 def test_equal_images_have_equal_chances(name):
-    """Of images that a strategy cannot tell apart, each generator has another first: alone, at
-    each place of the query and in pairs. For `random` all images are of this kind."""
+    """Of images that a strategy cannot tell apart, each generator has others first, at each place
+    of the query. For `random` all images are of this kind."""
     trials, size, count = 400, 8, 3
     given = only_read(name, changed(pool(0, size), torch.ones_like))
-    at = np.zeros((count, size))  # how often each image is queried at each place
-    together = np.zeros((size, size))
+    queried = np.zeros((count, size))  # how often each image is queried at each place
     for trial in range(trials):
         chosen = select(name, given, count, seeded(trial)).tolist()
-        at[range(count), chosen] += 1
-        together[np.ix_(chosen, chosen)] += 1
-    assert abs(at / trials - 1 / size).max() < 0.083  # 5 standard deviations
-    pairs = together[~np.eye(size, dtype=bool)] / trials
-    assert abs(pairs - count * (count - 1) / (size * (size - 1))).max() < 0.078
+        queried[range(count), chosen] += 1
+    assert abs(queried / trials - 1 / size).max() < 0.083  # 5 standard deviations
 
 
 # ---- one score per image -----------------------------------------------------------------------
@@ -198,7 +157,7 @@ SCORES = {  # of image i, from all outputs
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_of_single_images(name, seed, monkeypatch):
-    monkeypatch.setattr(STRATEGIES[name], "CHUNK", 7 + 100 * seed, raising=False)
+    monkeypatch.setattr("query_strategies.outputs.CHUNK", 7 + 100 * seed)
     given = only_read(name, pool(seed, 60))
     score = [SCORES[name](given, i) for i in range(60)]
     assert select(name, given, 25, seeded(seed)).tolist() == best(score, 25, seeded(seed))
@@ -273,18 +232,6 @@ def test_lfosa_takes_known_images_by_chance_where_all_are_predicted_unknown():
     share = known / size
     deviation = math.sqrt(share * (1 - share) / len(queries))  # if drawn with replacement
     assert abs((queries < known).double().mean() - share) < 4 * deviation
-
-
-def test_lfosa_takes_images_predicted_unknown_after_known_and_before_non_candidates():
-    logits = torch.randn(50, KNOWN + 1, generator=seeded(0))
-    logits[:30, 0] += 10  # predicted as a known class
-    logits[30:49, KNOWN] += 20  # predicted as the unknown class
-    logits[49, 1] += 30  # the only one that is predicted as class 1: no candidate
-    given = PoolOutputs(50, KNOWN, logits=logits)
-    for seed in range(10):
-        positions = select("AV_temperature", given, 49, seeded(seed))
-        assert set(positions[:30].tolist()) == set(range(30))
-        assert set(positions[30:].tolist()) == set(range(30, 49))
 
 
 # ---- Coreset and BADGE -------------------------------------------------------------------------
@@ -364,7 +311,7 @@ def plain_unknown_probability(outputs):
 @pytest.mark.parametrize("known", [3, 12])  # fewer and more classes than alpha
 @pytest.mark.parametrize("seed", range(3))
 def test_openmax_against_a_transcription_of_the_protocol(seed, known, monkeypatch):
-    monkeypatch.setattr(openmax, "CHUNK", 7)
+    monkeypatch.setattr("query_strategies.outputs.CHUNK", 7)
     targets = torch.arange(400) % (known - 1)
     targets[:3] = known - 1
     labeled = torch.randn(400, known + 1, generator=seeded(seed)) + 4 * one_hot(targets, known + 1)
@@ -405,10 +352,10 @@ def test_nearest_distinct_against_plain_loops(seed, spread):
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_takes_the_image_nearest_to_each_centre(seed):
     features = pool(seed, 80).features
-    positions = select("KMeans", PoolOutputs(80, KNOWN, features), 12, seeded(seed))
+    positions = select("KMeans", PoolOutputs(80, KNOWN, features), 12, seeded(seed)).tolist()
     random_state = int(torch.randint(2**31, (), generator=seeded(seed)))
     fit = KMeans(12, init="random", n_init=1, max_iter=30, random_state=random_state)
     centers = fit.fit(features.numpy()).cluster_centers_
-    for center, position in zip(centers, positions.tolist(), strict=True):
+    for center, position in zip(centers, positions, strict=True):
         distance = np.square(features.numpy().astype(float) - center).sum(1)
         assert distance[position] <= distance.min() + 1e-6
