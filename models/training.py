@@ -183,10 +183,10 @@ def predict(
     shapes = {"features": (rows, network.feature_dim), "logits": (rows, classes)}
     shapes["mc_logits"] = samples, rows, classes
     outputs = {name: torch.empty(shapes[name], device=device) for name in fields}
-    folded = fold_batchnorm(network)
+    folded, indices = fold_batchnorm(network), indices.to(device)
     for begin in _bar("predict", range(first, last, size)):
         end = min(begin + size, last)
-        index = indices[begin:end].to(device)
+        index = indices[begin:end]
         if parameters is None:
             batch = augment.normalize(images, index)
         else:

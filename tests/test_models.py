@@ -13,11 +13,13 @@ import torch
 import torchvision
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
 from datasets import augment
 from datasets.files import UserError
+from models import training
 from models.resnet import NETWORKS, fold_batchnorm
 from utils import generator
 
@@ -392,6 +394,36 @@ def test_compilation_happens_in_the_first_round_only_and_changes_nothing(monkeyp
 
 
 # ---- CUDA --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_cuda_path_mixes_no_devices(monkeypatch):
+    """Without a GPU: fake tensors compute nothing and have no backward pass, but refuse to mix
+    host and device. Training goes up to the loss of its first step, prediction to its end."""
+
+    def loss_alone(*args, batch_loss=training.batch_loss):
+        features, loss = batch_loss(*args)
+        assert (features.device.type, loss.device.type) == ("cuda", "cuda")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "batch_loss", loss_alone)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda tensor: True, raising=False)
+    mode = FakeTensorMode()
+    mode.__deepcopy__ = lambda memo: mode  # fold_batchnorm copies the network
+    with mode:
+        with torch.device("cuda"):
+            network = models.ResNet("resnet20", 5, 2, 0.5)
+        data, index = make_data(20, device=torch.device("cuda")), torch.arange(20)
+        parameters = augment.draw(data[0], 20, generator(0))
+        with pytest.raises(RuntimeError, match="device"):  # it does refuse
+            augment.augment(data[0], index, parameters.cuda())
+        with pytest.raises(KeyboardInterrupt):
+            train(network, data, index, temperature=[0.5] * 5)
+        masks = models.dropout_masks(network, 3, generator(0))
+        for settings in ({"parameters": None}, {"parameters": parameters}):
+            outputs = models.predict(network, data[0], index, FIELDS, masks=masks, **settings)
+            assert {outputs[field].device.type for field in FIELDS} == {"cuda"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
