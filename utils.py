@@ -1,7 +1,6 @@
 """What both scripts share: arguments, device, errors, and the run with its files."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -44,14 +43,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     """argparse type: an int or float from `low` (or, exclusive, above it) and below `high`."""
 
     def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value < high and not (above and value == low):
-                return value
-        what = "an integer" if kind is int else "a number"
-        bounds = f"{'above' if above else 'from'} {low:g} and below {high:.10g}"
-        raise ArgumentTypeError(f"{text!r} is not {what} {bounds}")
+        value = kind(text)
+        if not low <= value < high or (above and value == low):
+            bounds = f"{'above' if above else 'from'} {low:g} and below {high:.10g}"
+            raise ArgumentTypeError(f"{text} is not {bounds}")
+        return value
 
+    convert.__name__ = kind.__name__  # argparse names it where `kind` raises ValueError
     return convert
 
 
@@ -357,7 +355,9 @@ class Run:
             due = time.monotonic() - self.saved >= args.checkpoint_seconds
             if (stop or due) and epoch < args.max_epoch:
                 self.training = {"name": name, **snapshot()}
-                self.save(signals, stop)
+                self.save()
+                if stop:
+                    raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
 
         keys = "max_epoch batch_size lr_model stepsize gamma weight_cent lr_cent amp compile"
         settings = {key: getattr(args, key) for key in keys.split()}
@@ -421,11 +421,11 @@ class Run:
         for name, value in measures.items():
             self.log[name][done] = value
             self.record(name, value, done)
-        if data.sheets and done - 1 in self.log["Precision"]:
-            measures["Precision"] = self.log["Precision"][done - 1]  # of the newest answers
         cells = [f"{len(indices):,}" for indices in split]
         for name, form in (("Acc", ".2f"), ("Precision", ".3f"), ("Recall", ".3f")):
-            cells.append(format(measures[name], form) if name in measures else "-")
+            # A person answers between the rounds: the newest precision is of the last query.
+            value = self.log[name].get(done, self.log[name].get(done - 1))
+            cells.append("-" if value is None else format(value, form))
         self.say(done, *cells, f"{time.monotonic() - self.began:.1f}")
         self.queries = [*self.queries[:done], queried]
         if self.args.save_model and parallel.rank() == 0:
@@ -436,7 +436,6 @@ class Run:
             self.split = open_set.update(split, queried, data.known, self.args.drop_unknown)
             self.round, self.networks, self.training = done + 1, {}, None
         self.save()  # last: after a kill in between the round is told again, but never lost
-        self._write_log()
         if data.sheets:
             self._ask(queried)
             self.round += 1
@@ -491,8 +490,7 @@ class Run:
     def _begin(self) -> None:
         """Begin NAME.log and TensorBoard's file, and say what is going to run (rank 0)."""
         args, data, path = self.args, self.data, self.path
-        self.save()  # first: the checkpoint decides what the other files belong to
-        self._write_log()
+        self.save()
         if args.overwrite:
             Path(f"{path}.model.pt").unlink(missing_ok=True)
         self.journal = Journal(path, not args.no_tensorboard, args.overwrite)
@@ -514,26 +512,20 @@ class Run:
             self.journal.note(f"left out: {name}: {fault}")
         self.say(*COLUMNS)
 
-    def save(self, signals: Sequence[int] = (), stop: bool = False) -> None:
-        """Write the checkpoint NAME.pt (rank 0); raise Stopped, because of `signals`, if asked."""
-        if parallel.rank() == 0:
-            if self.journal:
-                self.journal.flush()
-            state = {key: getattr(self, key) for key in STATE}
-            state |= {"format": FORMAT, "split": tuple(self.split)}
-            write_whole(f"{self.path}.pt", partial(torch.save, state))
-            self.saved = time.monotonic()
-        if stop:
-            raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
-
-    def _write_log(self) -> None:
-        """Write the measures and the queries so far: NAME.pkl, NAME.queries.json (rank 0)."""
-        if parallel.rank() == 0:
-            write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
-            if self.data.sheets:  # they say what was queried, by name
-                return
-            queries = json.dumps([queried.tolist() for queried in self.queries])
-            write_whole(f"{self.path}.queries.json", lambda file: file.write(queries.encode()))
+    def save(self) -> None:
+        """Write NAME.pt, then NAME.pkl and NAME.queries.json, which follow from it (rank 0)."""
+        if parallel.rank() > 0:
+            return
+        if self.journal:
+            self.journal.flush()
+        state = {key: getattr(self, key) for key in STATE}
+        state |= {"format": FORMAT, "split": tuple(self.split)}
+        write_whole(f"{self.path}.pt", partial(torch.save, state))
+        write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
+        if self.data.sheets is None:  # the sheets say what was queried
+            queries = json.dumps([queried.tolist() for queried in self.queries]).encode()
+            write_whole(f"{self.path}.queries.json", lambda file: file.write(queries))
+        self.saved = time.monotonic()
 
     def say(self, *cells: object) -> None:
         """A line, or a row of cells, for the terminal and NAME.log (rank 0)."""

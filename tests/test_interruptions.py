@@ -156,7 +156,7 @@ def test_a_detector_is_trained_once(forks, resume, tmp_path):
         (BASELINE, signal.SIGINT, (*STEP, 4)),  # the network's last
         (LFOSA, signal.SIGUSR1, (*STEP, 6)),  # the classifier's second
         (BASELINE, signal.SIGTERM, ("os", "replace", 4)),  # in the write after the first epoch
-        (LFOSA, signal.SIGUSR1, ("os", "replace", 5)),  # ... after the last one of the detector
+        (LFOSA, signal.SIGUSR1, ("os", "replace", 7)),  # ... after the last one of the detector
     ],
 )
 def test_a_signal_in_training_ends_the_run_after_the_epoch(
