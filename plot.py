@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's backend need not be installed here
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -182,6 +183,8 @@ def make_curves(logs: dict[Run, Log], common: list[str]) -> list[Curve]:
         if run.folder:
             label, width, dash = f"{label} ({run.folder})", min(width, 1.2), ":"
         style = {"color": colour, "marker": marker, "markersize": 3 + width / 2}
+        if len({len(log["Precision"]) for log in seeds}) > 1:
+            say(f"{label}: only the rounds that all seeds have are drawn")
         style |= {"linestyle": dash, "linewidth": width, "zorder": 2 + width}  # thick ones in front
         curves.append(Curve(label, style, seeds))
     return curves
@@ -240,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", help=text, **folder)
     args = parser.parse_args(argv)
 
+    matplotlib.rcdefaults()  # the figures are the same whatever a user's matplotlibrc says
+    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a folder's name is no formula
     logs = read_logs(args.log_dir)
     if not logs:
         sys.exit(2)  # what is wrong has been said
@@ -276,8 +281,10 @@ def main(argv: list[str] | None = None) -> None:
                 parser.error(f"cannot write {path}: {error.strerror}; choose another --out-dir")
     try:
         print(*report, sep="\n", flush=True)
-    except BrokenPipeError:  # "plot.py | head" has seen enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # "plot.py | head" has seen enough
+            parser.error(f"cannot print the tables: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -230,10 +230,10 @@ def run_script(main: Callable[[], None]) -> None:
             tell(f"stopped; go on with: {same if parallel.launched() else command}")
     except UserError as raised:
         status, error = 2, raised
-    except (MemoryError, torch.OutOfMemoryError):
-        status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
-    except RuntimeError as raised:
-        if type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
+    except (MemoryError, RuntimeError) as raised:
+        if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
+            status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
+        elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status, error = 2, f"--compile does not work here, leave it out ({raised})"
         elif parallel.world() > 1 and parallel.lost(raised):
             status, error = 1, "another process has ended"
@@ -423,8 +423,9 @@ class Run:
             self.record(name, value, done)
         cells = [f"{len(indices):,}" for indices in split]
         for name, form in (("Acc", ".2f"), ("Precision", ".3f"), ("Recall", ".3f")):
-            # A person answers between the rounds: the newest precision is of the last query.
-            value = self.log[name].get(done, self.log[name].get(done - 1))
+            value = self.log[name].get(done)
+            if data.sheets and name == "Precision":  # of the newest answers
+                value = self.log[name].get(done - 1)
             cells.append("-" if value is None else format(value, form))
         self.say(done, *cells, f"{time.monotonic() - self.began:.1f}")
         self.queries = [*self.queries[:done], queried]

@@ -152,8 +152,9 @@ def _renumbered(
     elif class_seed is not None:
         order = np.random.default_rng(class_seed).permutation(count)
     if not 0 < K < count:
+        flag = f"--known-class {K}" if known is None else f"--known {','.join(known)}"
         what = f"the data has {count} classes, of which one at least is unknown"
-        raise UserError(f"--known-class {K}: {what}: choose 1 to {count - 1}")
+        raise UserError(f"{flag}: {what}: choose 1 to {count - 1}")
     classes = tuple(raw.classes[label] for label in order)
     place = np.argsort(order)
     targets, test_targets = place[raw.train_labels], place[raw.test_labels]

@@ -1,5 +1,7 @@
 """A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
 
+import os
+
 import numpy as np
 import torch
 
@@ -22,6 +24,8 @@ def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str,
     Raises UserError if a sheet is faulty or if no labeled image can be read, and OSError.
     """
     path = expand(data_dir)
+    if not os.access(path, os.W_OK):  # told before the round rather than after it
+        raise UserError(f"cannot write to {path}, where the query sheets go")
     files = folder.list_images(path)
     said = sheets.read(path, files)
     odd = [name for name in files if name.encode(errors="replace").decode() != name]

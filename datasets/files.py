@@ -96,15 +96,15 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
             raise UserError(f"another process holds {path}") from None
     log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
     there = [file for file in (log, checkpoint) if file.exists()]
-    go_on = resume and checkpoint in there
-    if there and not (go_on or overwrite):
-        needs = f"--resume, which needs {checkpoint}, or --overwrite"
-        raise UserError(f"{there[0]} is there already: start with {needs}")
+    if there and not (resume or overwrite):
+        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
+    if there == [log] and resume:
+        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
     need -= checkpoint.stat().st_size if checkpoint in there else 0
     disk = shutil.disk_usage(path.parent)
     if disk.free < need and disk.total:  # some file systems do not tell
         raise UserError(f"{path} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
-    return lock, checkpoint if go_on else None
+    return lock, checkpoint if resume and checkpoint in there else None
 
 
 def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:

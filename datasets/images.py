@@ -35,13 +35,14 @@ def walk(folder: Path | str, below: str = "") -> dict[str, int]:
     Follows links; leaves out hidden files and folders. Raises OSError.
     """
     files = {}
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            files |= walk(entry.path, f"{below}{entry.name}/")
-        else:
-            files[below + entry.name] = entry.stat().st_size
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                files |= walk(entry.path, f"{below}{entry.name}/")
+            else:
+                files[below + entry.name] = entry.stat().st_size
     return files
 
 

@@ -38,7 +38,7 @@ class Published(NamedTuple):
     url: str
     md5: str  # of the archive
     folder: str  # the one that the archive unpacks to
-    marker: str  # a file or folder in it
+    marker: str  # a file or folder in it, by which data_dir itself is recognised
 
 
 def note(text: str) -> None:
@@ -58,27 +58,32 @@ def expand(path: Path | str, flag: str = "--data-dir") -> Path:
 def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
     """Return what `read`, given a path, makes of the files of a data set.
 
-    The path is the first that is there of the folder of the data set below data_dir, data_dir
-    itself, the archive in data_dir, and the cache. If none is, the archive is downloaded. Raises
+    The path is the first that is there of the folder of the data set below data_dir, the archive
+    in data_dir, data_dir itself, and the cache. If none is, the archive is downloaded. Raises
     UserError with what is wrong and what to do.
     """
-    archive, other = data_dir / data.url.rpartition("/")[2], ""
-    folders = [data_dir / data.folder, data_dir / data.folder / data.folder, data_dir]
-    sources = [folder for folder in folders if (folder / data.marker).exists()]
-    sources += [file for file in (archive, cache) if file and file.exists()]
+    archive = data_dir / data.url.rpartition("/")[2]
+    places = [data_dir / data.folder / data.folder, data_dir / data.folder, archive]
+    if (data_dir / data.marker).exists():
+        places.append(data_dir)
+    sources = [place for place in [*places, cache] if place and place.exists()]
     source = sources[0] if sources else archive
     try:
         if not sources:
             _download(archive, data)
-        elif source == archive and cache not in sources:
-            md5 = utils.calculate_md5(archive)
-            if md5 != data.md5:
-                other = f" (MD5 {md5} instead of {data.md5})"
-                note(f"{archive} is not the published file{other}")
+        elif source == archive and cache not in sources and (other := _other_md5(archive, data)):
+            note(f"{archive} is not the published file{other}")
         return read(source)
     except _FAULTS as error:
-        remedy = f"put only {archive.name} from {data.url} (MD5 {data.md5}) into {data_dir}"
-        raise UserError(f"{source}{other}: {error}; {remedy}") from error
+        remedy = "remove it and " if sources else ""
+        remedy += f"put {archive.name} from {data.url} with MD5 {data.md5} into {data_dir}"
+        raise UserError(f"{source}{_other_md5(source, data)}: {error}; {remedy}") from error
+
+
+def _other_md5(source: Path, data: Published) -> str:
+    """Tell the MD5 of a file if it is not the published one."""
+    md5 = utils.calculate_md5(source) if source.is_file() else data.md5
+    return "" if md5 == data.md5 else f" (MD5 {md5} instead of {data.md5})"
 
 
 def _download(archive: Path, data: Published) -> None:

@@ -24,7 +24,7 @@ PUBLISHED = Published(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
     folder="tiny-imagenet-200",
-    marker="train",
+    marker="val",
 )
 
 
@@ -46,7 +46,10 @@ def _read(cache: Path, source: Path) -> images.Decoded:
     if source == cache:
         return images.cached(cache)
     if source.is_dir():
-        files = images.walk(source / "train", "train/") | images.walk(source / "val", "val/")
+        files = {}
+        for part in ("train", "val"):
+            if (source / part).is_dir():
+                files |= images.walk(source / part, f"{part}/")
         return _decode(cache, files, lambda name: (source / name).read_bytes())
     with zipfile.ZipFile(source) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
@@ -68,7 +71,7 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
     annotated = {}
     if ANNOTATIONS in files:
         lines = read(ANNOTATIONS).decode().splitlines()
-        annotated = dict(line.split()[:2] for line in lines)
+        annotated = dict(line.split()[:2] for line in lines if line.strip())
     found = {}
     for name in names:
         part, folder, *_ = name.split("/")

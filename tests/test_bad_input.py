@@ -80,7 +80,7 @@ def test_a_gpu_that_is_not_there(forks, tmp_path, devices):
     ("arguments", "before", "says"),
     [
         (["--lr-model", "1e6"], "", "--lr-model"),
-        ([], at("models", "predict", 1, "raise MemoryError"), "--batch-size"),
+        ([], at("models", "predict", 1, "import torch; torch.empty(10**15)"), "--batch-size"),
         ([], at("models", "train", 2, "import torch; raise torch.OutOfMemoryError"), "-batch-size"),
     ],
 )

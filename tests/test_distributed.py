@@ -33,6 +33,7 @@ RUN = [*TINY, "--max-query", "5", "--max-epoch", "5"]
 POOLS = [1, 64, 65, 200]  # images, in batches of 64: some ranks have none
 BATCHES = [32, 7, 1]  # images: equal shares, unequal ones, and a rank without one
 FIELDS = ("features", "logits", "mc_logits")
+SELECTED = ("Coreset", "OpenMax", "BALD")  # together they read every field
 
 
 # ---- what is computed by one process, and by each of two ----------------------------------------
@@ -57,6 +58,15 @@ def predicted(data, size):
     return models.predict(network, data.train, images, FIELDS, eval_batch_size=64, masks=masks)
 
 
+def selected(data, name, folder):
+    """What strategy `name` queries, by an untrained network."""
+    more = ["--max-epoch", "0", "--eval-batch-size", "64", "--save-dir", folder]
+    args = arguments("--query-strategy", name, *more)
+    run = utils.Run(args, torch.device("cpu"), data)
+    network = run.train("detector", data.num_known + 1, run.split.labeled)
+    return run.select(run.predict(network, run.split))
+
+
 def trained(data, images, fixed_batchnorm):
     """Gradients, centers, loss and weights after one epoch of training on `images` images."""
     network, found = new_network(), {}
@@ -74,11 +84,12 @@ def trained(data, images, fixed_batchnorm):
     return {"gradients": gradients | found, "state": network.state_dict()}
 
 
-def computed(data):
+def computed(data, folder):
     network, test = new_network(), (data.test, data.test_targets)
     return {
         "accuracy": models.evaluate(network, *test, eval_batch_size=64),
         "predicted": {size: predicted(data, size) for size in POOLS},
+        "selected": {name: selected(data, name, folder) for name in SELECTED},
         "steps": {images: trained(data, images, True)["gradients"] for images in BATCHES},
     }
 
@@ -95,7 +106,8 @@ def program(folder):
     """What each of two processes does; the tests below judge what it finds."""
     device = parallel.setup_device(arguments())
     data = parallel.one_first(lambda: datasets.create("digits", "", device))
-    found = computed(data)
+    found = computed(data, f"{folder}/selected")
+    found["any"] = [parallel.any_rank(parallel.rank() == 1), parallel.any_rank(False)]
     # Batches of 32 and 1: the last step's stand-in image must not leave its batch statistics.
     found["state"] = trained(data, 33, False)["state"]
     torch.save(found, f"{folder}/{parallel.rank()}.pt")
@@ -176,9 +188,10 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single():
+def single(tmp_path_factory):
     """What this process alone computes."""
-    return computed(datasets.create("digits", "", torch.device("cpu")))
+    folder = str(tmp_path_factory.mktemp("single"))
+    return computed(datasets.create("digits", "", torch.device("cpu")), folder)
 
 
 def test_outputs_equal_those_of_one_process(pair, single):
@@ -187,6 +200,15 @@ def test_outputs_equal_those_of_one_process(pair, single):
         assert torch.equal(first, single["predicted"][size][field]), (size, field)
         assert second is None  # only rank 0 needs memory for the pool
     assert len({found["accuracy"] for found in [single, *pair[2]]}) == 1
+
+
+def test_selections_equal_those_of_one_process(pair, single):
+    for name, rank in itertools.product(SELECTED, pair[2]):
+        assert torch.equal(rank["selected"][name], single["selected"][name]), name
+
+
+def test_all_hear_of_a_signal_to_one(pair):
+    assert all(rank["any"] == [True, False] for rank in pair[2])
 
 
 @pytest.mark.parametrize("images", BATCHES)
@@ -244,6 +266,11 @@ def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(pa
         torchrun.until(lambda: inside_round(run, 3))
         torchrun.send_signal(signal.SIGUSR1)
         stopped_well(run, torchrun.ended()[1])
+
+    # One process goes nowhere with it.
+    alone = [sys.executable, *map(str, words)]
+    refused = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2 and "processes" in refused.stderr
 
     # Two machines, of which each has its own torchrun.
     with socket.socket() as free:

@@ -274,6 +274,16 @@ def test_tiny_imagenet_archive_of_another_md5(tmp_path, capfd):
     check_arrays(tiny_imagenet.load(tmp_path), expected())  # the folder beside it is used
 
 
+def test_tiny_imagenet_beside_images_of_another_kind(tmp_path):
+    """Somebody's train/ and val/ do not hide the archive, nor train/ alone the cache."""
+    archive = write_zip(tmp_path / f"{ROOT}.zip", FILES)
+    write_folder(tmp_path, {"train/cat/1.png": b"", "val/cat/2.png": b""})
+    check_arrays(tiny_imagenet.load(tmp_path), expected())
+    archive.unlink()
+    shutil.rmtree(tmp_path / "val")
+    check_arrays(tiny_imagenet.load(tmp_path), expected())
+
+
 def test_tiny_imagenet_files_changed_after_decoding(tmp_path, capfd):
     """Images were added, removed and replaced."""
     smaller = {IMAGE: trees.picture(RNG, quality=30)}
@@ -320,6 +330,7 @@ BROKEN = {  # other contents (None: absent), and what the message names
     "no annotations": ({ANNOTATIONS: None}, ["val_0.JPEG", "val/CLASS/"]),
     "class unknown": ({ANNOTATIONS: FILES[ANNOTATIONS].replace(b"n0", b"n7")}, ["n70000000"]),
     "test image missing": ({TEST: None}, ["val_2.JPEG"]),
+    "no val": (dict.fromkeys(n for n in FILES if "/val/" in n), ["train/CLASS/"]),
     "no images": (dict.fromkeys(n for n in FILES if n.endswith("G")), ["train/CLASS/"]),
 }
 

@@ -396,6 +396,7 @@ def test_compilation_happens_in_the_first_round_only_and_changes_nothing(monkeyp
 # ---- CUDA --------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="its cross_entropy asks for a real device")
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_cuda_path_mixes_no_devices(monkeypatch):
     """Without a GPU: fake tensors compute nothing and have no backward pass, but refuse to mix
