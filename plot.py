@@ -31,7 +31,7 @@ MEASURES = {  # in the file name -> key in the log, axis label, decimals in the 
     "accuracy": ("Acc", "Classification Accuracy (%)", 2),
 }
 LIMITS = {"Acc": 100, "Err": 100, "Precision": 1, "Recall": 1}  # key in the log -> largest value
-FOLDERS = {"cifar10": "cifar", "cifar100": "cifar"}  # of the figures, where no dataset.lower()
+FOLDERS = {"cifar10": "cifar", "cifar100": "cifar"}  # of the figures; else dataset.lower()
 PAPER = "AV_temperature AV_based random uncertainty certainty Coreset BALD OpenMax".split()
 OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()
 COLOURS = "C3 C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
@@ -126,14 +126,14 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_log(path: Path) -> Log:
-    """Read one log; ValueError with a reason for whatever is wrong with the file."""
+    """Read one log. Raises ValueError, with a reason, if the file is not a sound log."""
     try:
         with path.open("rb") as file:
             content = PlainUnpickler(file).load()
         log = {key: dict(content[key]) for key in LIMITS}
     except Exception as error:  # damaged bytes raise nearly every class there is
         raise ValueError(f"not a sound log ({error!r:.200})") from None
-    for key, limit in LIMITS.items():  # which float32 may miss
+    for key, limit in LIMITS.items():  # float32 may exceed it slightly
         for q, value in log[key].items():
             number = isinstance(q, int) and isinstance(value, int | float)
             if not (number and -0.001 <= value <= limit + 0.001):  # NaN fails as well
@@ -233,7 +233,7 @@ def draw(curves: list[Curve], measure: str, title: str) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw and print everything; SystemExit with status 2 if the user has to change something."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)  # 1-line errors
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     folder = {"metavar": "DIR", "type": os.path.expanduser}
     text = "folders with logs of the two scripts, in them or below (default: log_AL)"

@@ -1,4 +1,4 @@
-"""What both scripts share: arguments, device, errors, and the run with its files."""
+"""What both scripts share: arguments, seeds, errors, and the run with its files."""
 
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ from datasets.files import Journal, UserError, claim, load_checkpoint, tell, ver
 from datasets.sheets import write_predictions, write_query
 from datasets.sources import expand
 from models import parallel
-from query_strategies import STRATEGIES, PoolOutputs, needs_detector, select
+from query_strategies import STRATEGIES, PoolOutputs, select
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """argparse type: an int or float from `low` (or, exclusive, above it) and below `high`."""
+    """argparse type: a number of at least `low` (`above`: more than it) and less than `high`."""
 
     def convert(text: str) -> float:
         value = kind(text)
@@ -54,7 +54,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def spelled(names: Iterable[str]) -> Callable[[str], str]:
-    """argparse type: the spelling in `names` of a text in any case."""
+    """argparse type: ignore case, and return the name in `names` that the text spells."""
     by_lower = {name.lower(): name for name in names}
     return lambda text: by_lower.get(text.lower(), text)
 
@@ -93,7 +93,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     )
 
     def add(group, flag: str, kind: object, default: object, metavar: str, text: str = "") -> None:
-        """kind: an argparse type or a list of names; the data set's default goes before."""
+        """kind: an argparse type or a list of names. The data set may replace `default`."""
         default = DATASETS[dataset].defaults.get(flag[2:].replace("-", "_"), default)
         more = {"type": kind}
         if isinstance(kind, list):
@@ -104,7 +104,9 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     def switch(group, flag: str, text: str) -> None:
         group.add_argument(flag, action="store_true", help=text)
 
-    strategies = [name for name in STRATEGIES if detector or not needs_detector(name)]
+    strategies = [*STRATEGIES]
+    if not detector:
+        strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
     first = "AV_temperature" if detector else "uncertainty"
     group = parser.add_argument_group("experiment")
     add(group, "--dataset", [*DATASETS], dataset, "NAME")
@@ -114,7 +116,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--init-percent", PERCENT, None, "P", "percent of known images labeled at first")
     add(group, "--query-batch", COUNT, None, "N", "images queried per round")
     add(group, "--max-query", COUNT, 10, "N", "rounds")
-    add(group, "--seed", SIZE, 1, "N", "of every random draw")
+    add(group, "--seed", SIZE, 1, "N", "seed of every random draw")
     which = group.add_mutually_exclusive_group()
     add(which, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
     add(which, "--known", names, None, "A,B", "names of the known classes instead")
@@ -149,7 +151,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--save-dir", str, "log_AL", "DIR", "folder of logs and checkpoints")
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
-    add(group, "--checkpoint-seconds", WEIGHT, 60, "S", "between checkpoints within a training")
+    add(group, "--checkpoint-seconds", WEIGHT, 60, "S", "seconds between checkpoints in training")
     either = group.add_mutually_exclusive_group()
     switch(either, "--resume", "go on from the checkpoint, if there is one")
     switch(either, "--overwrite", "replace the files of an earlier run")
@@ -162,10 +164,7 @@ def _settings(args: Namespace, parser: Parser) -> str:
     """Flags that change the experiment and are not in the published name: '__flag-value_...'."""
     keys = ["class_seed", "max_epoch", "feat_dim", "batch_size", "lr_model", "stepsize", "gamma"]
     keys += ["weight_cent", "drop_unknown", "augment_pool", "amp", "known", "image_size"]
-    if args.weight_cent > 0:
-        keys.append("lr_cent")
-    if "mc_logits" in STRATEGIES[args.query_strategy].READS:
-        keys += ["dropout", "mc_samples"]
+    keys += ["lr_cent", "dropout", "mc_samples"]
     parts = []
     for key in keys:
         if (value := getattr(args, key)) != parser.get_default(key):
@@ -182,7 +181,7 @@ def _show(value: object) -> str:
 def run_name(args: Namespace, data: OpenSetData) -> str:
     """The published name of a run's log, without '.pkl', and `settings` at its end.
 
-    With a person as the oracle there is no K, init and batch in it: they change.
+    An annotator's name leaves out K, init and batch, because they change between rounds.
     """
     start = f"_known{args.known_class}_init{_show(args.init_percent)}_batch{args.query_batch}"
     start = "" if data.sheets else start
@@ -210,7 +209,7 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; turn what the user can mend into one line and exit status 2.
 
-    Stopped by a signal, the exit status is 128 + its number. A bug ends in a traceback.
+    After a stop by a signal the exit status is 128 plus its number. A bug ends in a traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the script
@@ -252,9 +251,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 FORMAT = 2  # of the checkpoint; version 1 had other rules for ties and repeated queries
 STATE = ("experiment", "answers", "round", "log", "queries", "networks", "training")
-# Arguments that may change between a run and its resumption: none changes a result.
-FREE = {"gpu", "data_dir", "save_dir", "max_query", "resume", "overwrite", "no_tensorboard"}
-FREE |= {"checkpoint_seconds", "save_model", "use_cpu"}
+# Arguments that change the last bits of a result, and that a run's name does not tell.
+ROUNDING = ("eval_batch_size", "compile", "deterministic")
 SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
 SIMULATION |= {"--known", "--class-seed"}
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
@@ -265,8 +263,7 @@ def start(description: str, detector: bool) -> "Run":
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
-    wanted = args.dataset, args.data_dir, device, *which
-    return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
+    return Run(args, device, datasets.create(args.dataset, args.data_dir, device, *which))
 
 
 class Run:
@@ -286,7 +283,7 @@ class Run:
         else:
             given = {word.partition("=")[0] for word in sys.argv}
             if useless := given & SIMULATION:
-                raise UserError(f"{min(useless)}: labels.csv is there, and the sheets decide this")
+                raise UserError(f"{min(useless)} is not for use with labels.csv: the sheets decide")
             self.split, args.resume = data.split, not args.overwrite
         args.known_class = data.num_known
         batch = 50 if data.sheets else max(1, len(self.split.pool) // 20)
@@ -298,11 +295,8 @@ class Run:
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
         self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
-        self.experiment = {key: value for key, value in vars(args).items() if key not in FREE}
+        self.experiment = {key: vars(args)[key] for key in ROUNDING} | {"data": data.identity}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
-        self.experiment["data"] = data.identity
-        if data.sheets:  # may change from round to round
-            del self.experiment["known_class"], self.experiment["query_batch"]
         self.answers = data.answers
         self.journal: Journal | None = None
         if state := parallel.from_rank0(self._open):
@@ -324,19 +318,19 @@ class Run:
             yield self.split
         if sheets and len(self.split.pool):
             sheet = self._sheet(self.round)
-            self.say(f"fill in the column label of {sheet}, then start this again")
+            self.say(f"fill in the column label of {sheet}, then run the same command again")
             return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
-        self.say(f"to draw it: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
+        self.say(f"draw it with: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
 
     def train(
         self, name: str, outputs: int, indices: Tensor, temperature: Sequence[float] | None = None
     ) -> models.ResNet:
         """A network of this round, trained on the images `indices`; see models.train.
 
-        name: "detector", if there is one the network that is queried, or "classifier". One that
-        is in the checkpoint is not trained again. Raises parallel.Stopped after a signal.
+        name: "detector" or "classifier". The detector is queried; without one, the classifier. A
+        network in the checkpoint is not trained again. Raises parallel.Stopped after a signal.
         """
         args = self.args
         queried = name == "detector" or not hasattr(args, "known_T")
@@ -431,12 +425,13 @@ class Run:
         self.queries = [*self.queries[:done], queried]
         if self.args.save_model and parallel.rank() == 0:
             content = {"arguments": vars(self.args), "classes": list(data.classes)}
-            content |= {"mean": data.mean, "std": data.std, **self.networks}
+            dataset = DATASETS[self.args.dataset]
+            content |= {"mean": dataset.mean, "std": dataset.std, **self.networks}
             write_whole(f"{self.path}.model.pt", partial(torch.save, content))
         if data.sheets is None:
             self.split = open_set.update(split, queried, data.known, self.args.drop_unknown)
             self.round, self.networks, self.training = done + 1, {}, None
-        self.save()  # last: after a kill in between the round is told again, but never lost
+        self.save()  # last: a run killed before this prints the round again, but loses nothing
         if data.sheets:
             self._ask(queried)
             self.round += 1
@@ -447,7 +442,7 @@ class Run:
         done, answers = len(sheets.queries), self.data.answers
         if (self.round, self.answers) != (done, answers):
             if self.round == done and (self.networks or self.training) and parallel.rank() == 0:
-                tell("answers or images have changed within the round: it is begun anew")
+                tell("answers or images changed after this round began: it starts again")
             self.round, self.answers, self.networks, self.training = done, answers, {}, None
         found = {q: sheets.precision(q + 1) for q in range(self.round)}
         self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
@@ -482,14 +477,15 @@ class Run:
         """Claim the files NAME.*; return the state in the checkpoint to go on from, if any."""
         with torch.device("meta"):  # sizes without the memory
             network = models.ResNet(self.args.model, self.data.num_known + 1, self.args.feat_dim)
-        # 4 bytes each: the detector's weights, the classifier's weights and momentum; the old
-        # checkpoint stays until the new one is whole.
-        need = 2 * 12 * sum(parameter.numel() for parameter in network.parameters())
+        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
+        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
+        need = 2 * 12 + 8 * self.args.save_model
+        need *= sum(parameter.numel() for parameter in network.parameters())
         self.lock, there = claim(self.path, self.args.resume, self.args.overwrite, need)
         return load_checkpoint(there, FORMAT, self.experiment) if there else None
 
     def _begin(self) -> None:
-        """Begin NAME.log and TensorBoard's file, and say what is going to run (rank 0)."""
+        """Write the first checkpoint, open NAME.log and TensorBoard's file, print what will run."""
         args, data, path = self.args, self.data, self.path
         self.save()
         if args.overwrite:

@@ -1,7 +1,7 @@
 """Data sets as open-set problems: K known classes, everything else unknown.
 
-To add one: a module with `load` returning `sources.Raw`, and an entry in DATASETS. No "_" in its
-name, which separates the parts of a log's name.
+To add one: a module with `load` returning `sources.Raw`, and an entry in DATASETS. Its name must
+not contain "_", which separates the parts of a log's name.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .sources import Raw, expand
 class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
-    load: Callable  # data_dir -> sources.Raw; of a folder also the size of the images
+    load: Callable  # takes data_dir, for a folder the image size too; returns sources.Raw
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
     defaults: dict  # arguments whose published value depends on the data set
@@ -80,9 +80,7 @@ class OpenSetData(NamedTuple):
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
     classes: tuple[str, ...]  # names, the K known ones first
     num_known: int  # K
-    mean: tuple  # per channel, of pixels in [0, 1]
-    std: tuple
-    identity: str  # 16 hex digits, or a path, that tell it from other data of the same name
+    identity: str  # a hash (of a folder with sheets its path) of data of the same name
     names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
@@ -101,7 +99,7 @@ def create(
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
-    Known are the classes named by `known`; without it the first `known_class` (None: the default
+    `known` names the known classes. Without it they are the first `known_class` (None: the default
     of the data set, of a folder half of its classes) in the data set's own order, as published,
     or after shuffling all classes with class_seed. image_size is that of the images of a folder,
     64 by default. Raises UserError if the data cannot be had, or if a run would lack an unknown
@@ -109,16 +107,12 @@ def create(
     """
     dataset, own = DATASETS[name], name == "folder"
     if image_size and not own:
-        raise UserError(f"--image-size {image_size}: the images of {name} have a size already")
+        raise UserError("--image-size works only with --dataset folder")
     size, more = {"size": image_size or 64} if own else {}, {}
     try:
-        if own and annotator.is_annotated(data_dir):
-            raw, said, split, left_out = annotator.load(data_dir, **size)
+        if own and (expand(data_dir) / "labels.csv").is_file():
+            raw, more = annotator.load(data_dir, **size)
             K, identity = len(raw.classes), str(expand(data_dir).resolve())
-            content = repr((raw.names, said.classes, said.labels, said.test, split.pool.tolist()))
-            answers = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
-            more = dict(names=raw.names, sheets=said, split=split, left_out=left_out)
-            more["answers"] = answers
         else:
             raw = dataset.load(Path(data_dir), **size)
             known_class = known_class or dataset.defaults.get("known_class")
@@ -132,7 +126,7 @@ def create(
     train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
     sets = train, targets.to(device), targets < K, test, test_targets.to(device)
-    return OpenSetData(name, *sets, raw.classes, K, dataset.mean, dataset.std, identity, **more)
+    return OpenSetData(name, *sets, raw.classes, K, identity, **more)
 
 
 def _renumbered(
@@ -153,7 +147,7 @@ def _renumbered(
         order = np.random.default_rng(class_seed).permutation(count)
     if not 0 < K < count:
         flag = f"--known-class {K}" if known is None else f"--known {','.join(known)}"
-        what = f"the data has {count} classes, of which one at least is unknown"
+        what = f"the data has {count} classes, of which at least one must be unknown"
         raise UserError(f"{flag}: {what}: choose 1 to {count - 1}")
     classes = tuple(raw.classes[label] for label in order)
     place = np.argsort(order)

@@ -1,5 +1,6 @@
 """A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -11,16 +12,11 @@ from .open_set import Split
 from .sources import Raw, expand
 
 
-def is_annotated(data_dir: str) -> bool:
-    """Whether the folder is an annotator's: whether it has labels.csv."""
-    return (expand(data_dir) / "labels.csv").is_file()
-
-
-def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str, str]]:
+def load(data_dir: str, size: int) -> tuple[Raw, dict]:
     """All images below data_dir as training images, those of test.csv as test images, both sorted.
 
-    Labels of training images that are of no known class are K. The last result names the images
-    that are left out, and why: broken ones and those whose name no sheet can hold.
+    Labels of training images that are of no known class are K. Left out are broken images and
+    those whose name no sheet can hold. Returns also the last fields of OpenSetData, by name.
     Raises UserError if a sheet is faulty or if no labeled image can be read, and OSError.
     """
     path = expand(data_dir)
@@ -39,7 +35,7 @@ def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str,
     labels = np.array([number.get(said.labels.get(name), len(number)) for name in names], np.int64)
     labeled = np.flatnonzero(labels < len(number))
     if not len(labeled):
-        raise UserError(f"no image that labels.csv gives a class to can be read in {path}")
+        raise UserError(f"none of the images that labels.csv gives a class can be read in {path}")
     unknown = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
     pool = [position[name] for name in names if name not in said.taken]
@@ -47,5 +43,8 @@ def load(data_dir: str, size: int) -> tuple[Raw, sheets.Sheets, Split, dict[str,
     test = [name for name in names if name in said.test]
     test_pixels = decoded.pixels[[position[name] for name in test]]
     test_labels = np.array([number[said.test[name]] for name in test], np.int64)
-    raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes, tuple(names))
-    return raw, said, split, left_out
+    raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes)
+    content = repr((names, said.classes, said.labels, said.test, pool))
+    answers = hashlib.sha256(content.encode()).hexdigest()[:16]
+    more = {"names": tuple(names), "sheets": said, "split": split}
+    return raw, more | {"answers": answers, "left_out": left_out}

@@ -36,11 +36,11 @@ def tell(line: str) -> None:
 
 @contextlib.contextmanager
 def told(path: Path | str) -> Iterator[None]:
-    """Turn an OSError inside, of writing to `path`, into the user's."""
+    """Raise UserError for an OSError that occurs inside, while `path` is written."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save ends with a RuntimeError on top of the OSError of the file that it fills.
+        # If its file raises OSError, torch.save raises RuntimeError, with the OSError as context.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -85,7 +85,7 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
     earlier run's files would be lost, or if there is no room for new ones.
     """
     if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
-        raise UserError(f"leave flags out, the log's name is too long for a file: {path.name}")
+        raise UserError(f"the log's name is too long for a file, use fewer flags: {path.name}")
     # A soft lock, filelock's way out, would outlive a killed process.
     lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     with told(path.parent):
@@ -93,7 +93,7 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
         try:
             lock.acquire(timeout=0)
         except Timeout:  # an OSError too
-            raise UserError(f"another process holds {path}") from None
+            raise UserError(f"another process is running {path}") from None
     log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
     there = [file for file in (log, checkpoint) if file.exists()]
     if there and not (resume or overwrite):
@@ -156,7 +156,7 @@ class Journal:
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # never opened; no space for the rest
+        with contextlib.suppress(AttributeError, OSError):  # it was never opened; the disk is full
             self.events.close()
 
     def note(self, line: str) -> None:

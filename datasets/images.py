@@ -1,6 +1,6 @@
 """Image files, decoded once by several threads into one array that later starts map into memory.
 
-The array lies in a cache: one file, hence there as a whole or not at all. It is a .npy file,
+The array lies in a cache: a single file, so it is either complete or missing. It is a .npy file,
 followed by JSON that says what it was made of.
 """
 
@@ -47,7 +47,7 @@ def walk(folder: Path | str, below: str = "") -> dict[str, int]:
 
 
 def pictures(names: Iterable[str]) -> list[str]:
-    """Those names, sorted, that end as files do that Pillow reads, and are not hidden."""
+    """The names of image files, sorted: not hidden, with an ending that Pillow reads."""
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN)
     return sorted(x for x in names if x.lower().endswith(endings) and "/." not in f"/{x}")
@@ -74,7 +74,7 @@ def cached(cache: Path) -> Decoded:
             file.seek(pixels.offset + pixels.nbytes)
             return Decoded(pixels, **json.load(file))
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise UserError("it is not whole, or of an earlier version") from error
+        raise UserError("it is not whole, or from an earlier version") from error
 
 
 def decode(
@@ -85,7 +85,7 @@ def decode(
     size: int,
     leave_out: bool = False,
 ) -> Decoded:
-    """Decode `files`, name -> bytes, in this order; or map the cache if it was made of the same.
+    """Decode `files`, name -> bytes, in this order. If the cache was made of the same, map it.
 
     read gives the content of a file; convert makes a PIL image one of size x size pixels in RGB.
     Several threads call both. Raises UserError that names up to ten broken images, or with
@@ -93,10 +93,12 @@ def decode(
     """
     with contextlib.suppress(UserError):
         found = cached(cache)
-        if list(found.files.items()) == list(files.items()) and (leave_out or not found.broken):
+        same = list(found.files.items()) == list(files.items())
+        if same and (leave_out or not found.broken):
             return found
         del found  # Windows replaces no file that is mapped
-        note(f"{cache} was made of other files than there are now: they are decoded again")
+        if not same:
+            note(f"{cache} was made of other files than there are now: they are decoded again")
     pixels = np.zeros((len(files), size, size, 3), np.uint8)
 
     def fill(row: int, name: str) -> str:

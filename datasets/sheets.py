@@ -106,7 +106,7 @@ def write_query(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
 def write_predictions(
     path: Path, rows: Iterable[tuple[str, str, float]], columns: str = "file class probability"
 ) -> None:
-    """Write or replace the predictions. rows: file, class, probability. More columns are empty."""
+    """Write or replace the predictions. rows: file, class, probability. A fourth one is empty."""
     text = io.StringIO(newline="")
     header = columns.split()
     table = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
@@ -129,7 +129,9 @@ def _rows(sheet: str, content: bytes) -> list[dict[str, str]]:
         raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
     header = [_fold(cell) for cell in table[0]] if table else []
     if not header.count("file") == header.count("label") == 1:
-        raise UserError(f"{sheet}, row 1: name one column file and one label, separated by , or ;")
+        raise UserError(
+            f"{sheet}, row 1: name one column file and one column label, with , or ; between"
+        )
     return [dict(zip(header, cells, strict=False)) for cells in table[1:]]
 
 

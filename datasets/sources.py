@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from torchvision.datasets import utils
 
 from .files import UserError, one_at_a_time, tell
@@ -42,8 +43,8 @@ class Published(NamedTuple):
 
 
 def note(text: str) -> None:
-    """Tell the user one line; under torchrun, the first process of each machine does."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print a line; under torchrun only the first process of each machine prints it."""
+    if not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0":
         tell(f"note: {text}")
 
 

@@ -17,7 +17,7 @@ from .sources import Published, Raw, expand, read_source
 SIZE = 64  # pixels, height and width of every image
 ANNOTATIONS = "val/val_annotations.txt"  # lines of: image, class, box
 EXPECTED = (
-    "expected are train/CLASS/images/*.JPEG and either val/images/*.JPEG with "
+    "expected: train/CLASS/images/*.JPEG and either val/images/*.JPEG with "
     f"{ANNOTATIONS} or val/CLASS/*.JPEG"
 )
 PUBLISHED = Published(
@@ -82,7 +82,7 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
         found[part, wnid, image] = name
     lacks = annotated.keys() - {image for _, _, image in found}
     if lacks or len({part for part, _, _ in found}) < 2:
-        raise UserError(f"it lacks {min(lacks, default='images')}; {EXPECTED}")
+        raise UserError(f"{min(lacks, default='a kind of images')} is missing; {EXPECTED}")
 
     def order(place: tuple[str, str, str]) -> tuple:
         part, wnid, image = place

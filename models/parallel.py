@@ -1,4 +1,4 @@
-"""Device and processes: the few collectives that a run needs, no-ops without torchrun."""
+"""Device, signals and processes. The collectives do nothing without torchrun."""
 
 import contextlib
 import ctypes
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from datasets.files import UserError
 
-# torchrun notices a crashed process at once; this matters only if a whole machine disappears. What
-# rank 0 does alone (a download, k-means over a million images) may take an hour.
+# torchrun notices a crashed process at once; the timeout matters only if a whole machine
+# disappears. What one process does alone (a download, k-means over a million images) takes long.
 TIMEOUT = timedelta(hours=2)
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -23,7 +23,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)
 
 
 class Stopped(Exception):
-    """A signal, the argument, has ended the run after an epoch; its checkpoint is written."""
+    """Raised after an epoch if a signal (the argument) asked to stop; the checkpoint is written."""
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def keep_memory() -> None:
     """Have the C library keep what is freed for the next step, as PyTorch does on CUDA.
 
     glibc hands every block above 32 MiB back to the kernel, which clears it page by page when it is
-    asked for again: of the published batch, most activations and gradients, in every step.
+    used again. With the published batch that happens to most activations in every step.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -96,8 +96,8 @@ def _join(backend: str) -> None:
         # (PyTorch's issue 135712). Each machine counts restarts in its own way.
         several = os.environ["GROUP_WORLD_SIZE"] != "1"
         if several and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-            needs = "--rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            raise UserError(f"to be restarted, several machines need {needs}")
+            needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and torchrun's --rdzv-backend=c10d"
+            raise UserError(f"restarts on several machines need {needs}")
         prefix = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     place = {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": world}
@@ -166,16 +166,6 @@ def from_rank0(compute: Callable[[], object]) -> object:
     return box[0]
 
 
-def one_first(compute: Callable[[], object]) -> object:
-    """Run `compute` on every rank, but on one of each machine first, which may download."""
-    if local_rank() > 0:
-        any_rank(False)
-        return compute()
-    result = compute()
-    any_rank(False)
-    return result
-
-
 def add(tensor: Tensor) -> None:
     """Add up `tensor` over all ranks, in place on each."""
     if world() > 1:
@@ -183,7 +173,7 @@ def add(tensor: Tensor) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; the same answer on all, which wait for each other."""
+    """Whether `flag` is set on any rank. All wait for each other and get the same answer."""
     total = torch.tensor(int(flag))
     add(total)
     return bool(total)

@@ -70,10 +70,11 @@ def train(
     targets: (N,) int64 on the device, of all images. indices: (n,) int64 on the CPU; an image
     may stand there several times. generator(*purpose): a CPU generator; every epoch draws from
     its own. temperature: one per class, see `batch_loss`. lr_model is multiplied by gamma every
-    `stepsize` epochs. num_centers: of the center loss; the classes after them have none.
-    after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()` returns; with it as
-    `state` another process goes on from there, on the CPU to the same bits. Under torchrun the
-    ranks share each batch. Raises UserError if the loss or a weight became NaN or infinite.
+    `stepsize` epochs. num_centers: K; targets of K or more have no centre.
+    after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()` returns: passed as
+    `state` it continues the training; on the CPU the result is equal to the last bit. Under
+    torchrun the ranks share each batch. Raises UserError if the loss or a weight became NaN or
+    infinite.
     """
     device, count = targets.device, len(indices)
     if temperature is not None:

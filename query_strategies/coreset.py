@@ -17,7 +17,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     The centres at the start are the labeled images. Again and again the pool image farthest from
     its nearest centre becomes one.
     """
-    # Many to many, distances are matrix products: fast, but only float64 tells near images apart.
+    # Distances between two sets are a matrix product: fast, but only float64 tells near ones apart.
     labeled = outputs.labeled_features.double()
     parts = outputs.features.split(START_CHUNK)
     nearest = torch.cat([torch.cdist(part.double(), labeled).amin(1).float() for part in parts])

@@ -20,15 +20,14 @@ ITERATIONS = 30  # Lloyd steps at most; see query
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, in order of the centres.
 
-    Two centres with the same nearest image: the first takes it, the other its nearest one left.
-    Traded for time at 1,500 centres over 49,200 features of 512 dimensions: k-means starts once,
-    from images drawn at random (k-means++ alone would take longer than all of it), and stops
-    after ITERATIONS Lloyd steps.
+    If two centres have the same nearest image, the first takes it and the other takes its nearest
+    free image. To save time, k-means starts once, from images drawn at random (k-means++ alone
+    would take longer than all of it), and stops after ITERATIONS Lloyd steps.
     """
     features = outputs.features.float().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=generator))
-    # Threads add up their parts of a centre in the order in which they finish: two are the most
-    # for which that is the same sum every time.
+    # Threads add up their parts of a centre in the order in which they finish. With more than two
+    # the sum can differ between runs.
     kmeans = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, random_state=seed)
     with threadpool_limits(2, "openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centres

@@ -27,9 +27,9 @@ class PoolOutputs(NamedTuple):
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:
-    """function(rows), CHUNK images at a time: a million need no gigabytes of temporaries.
+    """function(rows), CHUNK images at a time, so that a million do not need gigabytes.
 
-    dim: of the images in `rows`; in the result it is the first.
+    dim: the dimension of `rows` that counts the images; in the result it is the first.
     """
     return torch.cat([function(part) for part in rows.split(CHUNK, dim)])
 

@@ -113,8 +113,8 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script):
     while True:
         arguments = [*RUNS[script], "--max-query", str(rounds)]
         before, in_a_write = "", kills % 2 == 1
-        if kills < KILLS and in_a_write:  # the first, the third, ... the 19th write of a start
-            before = at("os", "replace", kills, WRITES[kills // 2 % 3])
+        if kills < KILLS and in_a_write:  # one of the 13 writes of a start that does one round
+            before = at("os", "replace", 1 + 4 * (kills // 2) % 13, WRITES[kills // 2 % 3])
         pid = forks.start(tmp_path, script, *arguments, "--resume", before=before)
         if kills < KILLS and not in_a_write:
             time.sleep(draws.uniform(0.2 * brief, 2 * brief))
