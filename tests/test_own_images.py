@@ -154,7 +154,7 @@ def test_a_round_begun_with_other_answers_is_begun_anew_and_keeps_the_sheets(for
     assert forks.run(person.home, LFOSA, *QUICK, before=killed).returncode == -9
     with (person.folder / "labels.csv").open("a") as sheet:
         sheet.write("mixed/7/0.png,seven\n")  # a third class: other networks
-    assert "anew" in succeed(forks, person.home, LFOSA, *QUICK).stdout
+    assert "answers" in succeed(forks, person.home, LFOSA, *QUICK).stdout
     [predictions] = person.home.glob("log_AL/*_predictions.csv")
     assert {row["class"] for row in read(predictions)} <= {"0", "1", "seven"}
     person.answer(1)
