@@ -31,6 +31,7 @@ def _read(source: type, place: Path) -> Raw:
         with tempfile.TemporaryDirectory() as folder:
             shutil.unpack_archive(place, folder, filter="data")
             return _read(source, Path(folder, source.base_folder))
-    train, test = source(place.parent, train=True), source(place.parent, train=False)
+    root = place.absolute().parent
+    train, test = source(root, train=True), source(root, train=False)
     labels = np.array(train.targets), np.array(test.targets)
     return Raw(train.data, labels[0], test.data, labels[1], tuple(train.classes))

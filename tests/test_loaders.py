@@ -147,10 +147,11 @@ def make_tar(source, batches):
     return archive
 
 
-def test_cifar(small_cifar, tmp_path, capfd):
+def test_cifar(small_cifar, tmp_path, monkeypatch, capfd):
     """From the folder below data_dir or data_dir itself, and from an archive of another MD5."""
     load, source, batches, arrays = small_cifar
-    for data_dir in (tmp_path, batches):
+    monkeypatch.chdir(batches)
+    for data_dir in (tmp_path, batches, "."):
         check_arrays(load(data_dir), arrays)
     make_tar(source, batches)
     shutil.rmtree(batches)
