@@ -164,7 +164,10 @@ def _settings(args: Namespace, parser: Parser) -> str:
     """Flags that change the experiment and are not in the published name: '__flag-value_...'."""
     keys = ["class_seed", "max_epoch", "feat_dim", "batch_size", "lr_model", "stepsize", "gamma"]
     keys += ["weight_cent", "drop_unknown", "augment_pool", "amp", "known", "image_size"]
-    keys += ["lr_cent", "dropout", "mc_samples"]
+    if args.weight_cent > 0:
+        keys.append("lr_cent")
+    if "mc_logits" in STRATEGIES[args.query_strategy].READS:
+        keys += ["dropout", "mc_samples"]
     parts = []
     for key in keys:
         if (value := getattr(args, key)) != parser.get_default(key):
@@ -263,7 +266,8 @@ def start(description: str, detector: bool) -> "Run":
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
-    return Run(args, device, datasets.create(args.dataset, args.data_dir, device, *which))
+    wanted = args.dataset, args.data_dir, device, *which
+    return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
 
 
 class Run:
@@ -295,7 +299,8 @@ class Run:
         self.training: dict | None = None  # the network under training: name and snapshot
         self.saved = time.monotonic()
         self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
-        self.experiment = {key: vars(args)[key] for key in ROUNDING} | {"data": data.identity}
+        self.experiment = {"name": self.path.name, "data": data.identity}
+        self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers = data.answers
         self.journal: Journal | None = None

@@ -124,7 +124,7 @@ def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
     if state.get("format") != version:
         raise UserError(f"{path} is of an earlier version: finish with that one, or --overwrite it")
     for key, value in experiment.items():
-        if (old := state["experiment"].get(key)) != value:
+        if (old := state["experiment"].get(key, value)) != value:
             raise UserError(f"{path} is of another run: {key} was {old}, is {value}")
     return state
 

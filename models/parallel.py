@@ -166,6 +166,16 @@ def from_rank0(compute: Callable[[], object]) -> object:
     return box[0]
 
 
+def one_first(compute: Callable[[], object]) -> object:
+    """Run `compute` on one rank of each machine, because it may download, then on the others."""
+    if local_rank() > 0:
+        any_rank(False)
+        return compute()
+    result = compute()
+    any_rank(False)
+    return result
+
+
 def add(tensor: Tensor) -> None:
     """Add up `tensor` over all ranks, in place on each."""
     if world() > 1:

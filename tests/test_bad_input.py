@@ -124,6 +124,12 @@ def saved(thing):
     return replace
 
 
+def of_another_run(content):
+    state = torch.load(io.BytesIO(content))
+    state["experiment"]["name"] = "another"
+    return saved(state)(content)
+
+
 NO_RIGHTS = """
 import builtins, io
 original = io.open
@@ -140,6 +146,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "one bit flipped": (flipped, "", "", "damaged"),
     "with code": (saved({"format": Mine()}), "", "", "damaged"),
     "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "earlier version"),
+    "of another run": (of_another_run, "", "", "name was another"),
     "of other kernels": (SAME, "--deterministic", "", "deterministic was False, is True"),
     "without rights to read it": (SAME, "", NO_RIGHTS, "Permission denied"),
 }
