@@ -80,7 +80,7 @@ class OpenSetData(NamedTuple):
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
     classes: tuple[str, ...]  # names, the K known ones first
     num_known: int  # K
-    identity: str  # a hash (of a folder with sheets its path) of data of the same name
+    identity: str  # a hash of the data, or the path of an annotator's folder
     names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers

@@ -82,8 +82,9 @@ def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | N
 
 
 def _other_md5(source: Path, data: Published) -> str:
-    """Tell the MD5 of a file if it is not the published one."""
-    md5 = utils.calculate_md5(source) if source.is_file() else data.md5
+    """Tell the MD5 of an archive if it is not the published one; "" for any other source."""
+    archive = source.is_file() and source.name == data.url.rpartition("/")[2]
+    md5 = utils.calculate_md5(source) if archive else data.md5
     return "" if md5 == data.md5 else f" (MD5 {md5} instead of {data.md5})"
 
 

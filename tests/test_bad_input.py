@@ -146,7 +146,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "one bit flipped": (flipped, "", "", "damaged"),
     "with code": (saved({"format": Mine()}), "", "", "damaged"),
     "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "earlier version"),
-    "of another run": (of_another_run, "", "", "name was another"),
+    "of another run": (of_another_run, "", "", "another"),
     "of other kernels": (SAME, "--deterministic", "", "deterministic was False, is True"),
     "without rights to read it": (SAME, "", NO_RIGHTS, "Permission denied"),
 }
