@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,17 +53,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
-def spelled(names: Iterable[str]) -> Callable[[str], str]:
-    """argparse type: ignore case, and return the name in `names` that the text spells."""
-    by_lower = {name.lower(): name for name in names}
-    return lambda text: by_lower.get(text.lower(), text)
-
-
-def devices(text: str) -> list[int]:
-    """argparse type: numbers of CUDA devices, separated by commas."""
-    return [int(part) for part in text.split(",")]
-
-
 def names(text: str) -> list[str]:
     """argparse type: names of classes, separated by commas."""
     return text.split(",")
@@ -82,7 +71,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     run's name.
     """
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--dataset", type=spelled(DATASETS), choices=DATASETS, default="digits")
+    early.add_argument("--dataset", choices=DATASETS, default="digits")
     dataset = early.parse_known_args()[0].dataset
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",
@@ -97,7 +86,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
         default = DATASETS[dataset].defaults.get(flag[2:].replace("-", "_"), default)
         more = {"type": kind}
         if isinstance(kind, list):
-            more, text = {"type": spelled(kind), "choices": kind}, f"{text}{', '.join(kind)}"
+            more, text = {"choices": kind}, text + ", ".join(kind)
         text += "" if default is None else " (default: %(default)s)"
         group.add_argument(flag, default=default, metavar=metavar, help=text, **more)
 
@@ -141,7 +130,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
         add(group, "--unknown-T", TEMPERATURE, 0.5, "T", "of the detector's invalid images")
         add(group, "--modelB-T", TEMPERATURE, 1.0, "T", "of the classifier")
     group = parser.add_argument_group("machine")
-    add(group, "--gpu", devices, None, "IDS", "CUDA device; under torchrun one per process: 0,1")
+    add(group, "--gpu", SIZE, 0, "N", "CUDA device; under torchrun that of the first process")
     switch(group, "--use-cpu", "even where there is a GPU")
     add(group, "--eval-batch-size", COUNT, 256, "N", "images per step without training")
     add(group, "--amp", [*models.AMP], "off", "TYPE", "mixed precision: ")
@@ -238,12 +227,10 @@ def run_script(main: Callable[[], None]) -> None:
         elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status, error = 2, f"--compile does not work here, leave it out ({raised})"
         elif parallel.world() > 1 and parallel.lost(raised):
-            status, error = 1, "another process has ended"
+            status = 1  # another process has ended, and torchrun tells which
         else:
             raise
     if error:
-        if parallel.local_rank() > 0 or status == 1:
-            time.sleep(10)  # if another process tells the error, torchrun ends this one meanwhile
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
@@ -317,7 +304,8 @@ class Run:
         """Yield who is labeled, invalid and in the pool, as long as there is a round to do."""
         sheets, last = self.data.sheets, self.args.max_query
         if sheets:  # one round, and then it is the person's turn
-            last = self.round + (not sheets.waiting)
+            answered = not sheets.queries or any(sheets.queries[-1].values())
+            last = self.round + answered
         while self.round < last and len(self.split.pool):
             self.began = time.monotonic()
             yield self.split

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_ANGLE = 15.0  # degrees; U(-15, 15) in the released code
-
 
 class Images(NamedTuple):
     """N images of H x W pixels on the device, with what turns them into network input."""
@@ -24,11 +22,6 @@ class Images(NamedTuple):
     shift: Tensor  # (W * 3,) float32, -mean / std per channel, likewise
     padding: int  # pixels around the image for the random crop
     flip: bool  # whether half of the images are mirrored
-
-    @property
-    def count(self) -> int:
-        """Number of images N."""
-        return (len(self.pixels) - 1) // (self.height * self.width)
 
 
 def to_device(images: np.ndarray, mean, std, padding: int, flip: bool, device) -> Images:
@@ -49,8 +42,8 @@ def normalize(images: Images, index: Tensor) -> Tensor:
 
     index: (B,) int64 on the device. Returns (B, 3, H, W) float32, channels_last.
     """
-    shape = (images.count, images.height, images.width * 3)
-    return _to_input(images, images.pixels[:-1].view(shape).index_select(0, index))
+    rows = images.pixels[:-1].view(-1, images.height, images.width * 3)
+    return _to_input(images, rows.index_select(0, index))
 
 
 def augment(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
@@ -90,7 +83,7 @@ def draw(images: Images, count: int, generator: torch.Generator) -> Tensor:
     crop = torch.randint(-p, p + 1, (count, 2), generator=generator)
     flip = torch.randint(0, 2, (count, 1), generator=generator) * int(images.flip)
     angle = torch.empty(count, dtype=torch.float64)
-    angle.uniform_(-MAX_ANGLE, MAX_ANGLE, generator=generator)
+    angle.uniform_(-15, 15, generator=generator)  # degrees, as released
     return torch.cat([rotation(angle, images.height, images.width), crop, flip], 1).int()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -26,7 +27,12 @@ class UserError(Exception):
 
 
 def tell(line: str) -> None:
-    """Print a line above the progress bars; the run goes on if nobody reads its output any more."""
+    """Print a line above the progress bars; under torchrun only one process of a machine does.
+
+    The run goes on if nobody reads its output any more.
+    """
+    if dist.is_torchelastic_launched() and os.environ["LOCAL_RANK"] != "0":
+        return
     try:
         tqdm.write(line)
         sys.stdout.flush()

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
 from . import images
-from .files import UserError, one_at_a_time
-from .sources import Raw, expand, note
+from .files import UserError, one_at_a_time, tell
+from .sources import Raw, expand
 
 
 def load(data_dir: Path, size: int = 64) -> Raw:
@@ -34,7 +34,7 @@ def load(data_dir: Path, size: int = 64) -> Raw:
     if not train or not test:
         raise UserError(f"{data_dir} needs images in train/CLASS/ and test/CLASS/, or labels.csv")
     if others := len(files) - len(train) - len(test):
-        note(f"{others} images in {data_dir} are in no train/CLASS/ or test/CLASS/: ignored")
+        tell(f"note: {others} images in {data_dir} are in no train/CLASS/ or test/CLASS/")
     return images.labeled(read(data_dir, {name: files[name] for name in train + test}, size))
 
 
@@ -47,7 +47,7 @@ def list_images(data_dir: Path) -> dict[str, int]:
     names = images.pictures(found)
     others = sum(not name.endswith(".csv") for name in found) - len(names)  # sheets are read
     if others:
-        note(f"{others} files in {data_dir} are no images: ignored")
+        tell(f"note: {others} files in {data_dir} are no images: ignored")
     return {name: found[name] for name in names}
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, write_whole
-from .sources import Raw, note
+from .files import UserError, tell, write_whole
+from .sources import Raw
 
 
 class Decoded(NamedTuple):
@@ -98,7 +98,7 @@ def decode(
             return found
         del found  # Windows replaces no file that is mapped
         if not same:
-            note(f"{cache} was made of other files than there are now: they are decoded again")
+            tell(f"note: {cache} was made of other files than there are now: decoding again")
     pixels = np.zeros((len(files), size, size, 3), np.uint8)
 
     def fill(row: int, name: str) -> str:
@@ -129,6 +129,6 @@ def decode(
     try:
         write_whole(cache, write)
     except UserError as error:
-        note(f"{error}: the decoded images stay in memory")
+        tell(f"note: {error}: the decoded images stay in memory")
         return Decoded(pixels, files, broken)
     return cached(cache)

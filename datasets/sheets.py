@@ -31,11 +31,6 @@ class Sheets(NamedTuple):
     queries: list[dict[str, str | None]]  # of query_1.csv on: file -> answer or None, best first
     taken: frozenset[str]  # never asked: files that are answered or stand in test.csv
 
-    @property
-    def waiting(self) -> bool:
-        """Whether the newest query sheet has no answer at all."""
-        return bool(self.queries) and not any(self.queries[-1].values())
-
     def precision(self, number: int) -> float | None:
         """Known / (known + unknown) among the answers in query_<number>.csv; None if there is none.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from torchvision.datasets import utils
 
 from .files import UserError, one_at_a_time, tell
@@ -42,12 +41,6 @@ class Published(NamedTuple):
     marker: str  # a file or folder in it, by which data_dir itself is recognised
 
 
-def note(text: str) -> None:
-    """Print a line; under torchrun only the first process of each machine prints it."""
-    if not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0":
-        tell(f"note: {text}")
-
-
 def expand(path: Path | str, flag: str = "--data-dir") -> Path:
     """Replace a leading `~`. Raises UserError if there is no such home folder."""
     try:
@@ -73,7 +66,7 @@ def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | N
         if not sources:
             _download(archive, data)
         elif source == archive and cache not in sources and (other := _other_md5(archive, data)):
-            note(f"{archive} is not the published file{other}")
+            tell(f"note: {archive} is not the published file{other}")
         return read(source)
     except _FAULTS as error:
         remedy = "remove it and " if sources else ""

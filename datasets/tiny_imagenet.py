@@ -46,17 +46,12 @@ def _read(cache: Path, source: Path) -> images.Decoded:
     if source == cache:
         return images.cached(cache)
     if source.is_dir():
-        files = {}
-        for part in ("train", "val"):
-            if (source / part).is_dir():
-                files |= images.walk(source / part, f"{part}/")
-        return _decode(cache, files, lambda name: (source / name).read_bytes())
+        return _decode(cache, images.walk(source), lambda name: (source / name).read_bytes())
     with zipfile.ZipFile(source) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
         tops = [name.partition("train/")[0] for name in sizes if "train/" in name]
         top = min(tops, key=len, default="")  # archives of mirrors have another one, or none
-        parts = (f"{top}train/", f"{top}val/")
-        files = {name.removeprefix(top): sizes[name] for name in sizes if name.startswith(parts)}
+        files = {name.removeprefix(top): sizes[name] for name in sizes if name.startswith(top)}
         return _decode(cache, files, lambda name: archive.read(top + name))
 
 
@@ -66,7 +61,7 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
     read gives the content of a file. Training images are ordered by class, and all by the numbers
     in their names. Raises UserError if there are none of a kind, or if one has no known class.
     """
-    names = images.pictures(files)
+    names = [name for name in images.pictures(files) if name.startswith(("train/", "val/"))]
     classes = {name.split("/")[1] for name in names if re.match("train/.*/", name)}
     annotated = {}
     if ANNOTATIONS in files:

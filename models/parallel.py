@@ -51,17 +51,13 @@ def noted_signals() -> Iterator[list[int]]:
 def setup_device(args: Namespace) -> torch.device:
     """The device to use; under torchrun this process joins the others first.
 
-    Raises UserError if --gpu does not name one device for each process of this machine, and for
-    what does not work under torchrun.
+    Raises UserError if there are too few devices, and for what does not work under torchrun.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available() and not args.use_cpu:
-        processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-        there, chosen = torch.cuda.device_count(), args.gpu or list(range(processes))
-        distinct = set(chosen) & set(range(there))
-        if not len(distinct) == len(chosen) == processes:
-            raise UserError(f"--gpu: choose {processes} (one per process) of {there} devices")
-        device = torch.device("cuda", chosen[local_rank()])
+        device = torch.device("cuda", args.gpu + local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--gpu: there is no device {device.index}, counted from 0")
         torch.cuda.set_device(device)
     else:
         keep_memory()

@@ -16,11 +16,9 @@ from datasets.augment import Images
 from datasets.files import UserError
 
 from . import parallel
-from .center_loss import CenterLoss
+from .center_loss import center_loss
 from .resnet import ResNet, fold_batchnorm
 
-MOMENTUM = 0.9  # published
-WEIGHT_DECAY = 5e-4  # published
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 
 
@@ -79,9 +77,8 @@ def train(
     device, count = targets.device, len(indices)
     if temperature is not None:
         temperature = torch.tensor(temperature, device=device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr_model, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    settings = {"momentum": 0.9, "weight_decay": 5e-4}  # published
+    optimizer = torch.optim.SGD(network.parameters(), lr_model, **settings, fused=True)
     # Fused SGD leaves the momentum uninitialised if GradScaler skips the first step: zero it.
     for parameter in network.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -91,7 +88,8 @@ def train(
     centers = None
     if weight_cent > 0:
         shape = num_centers or network.fc.out_features, network.feature_dim
-        centers = CenterLoss(*shape, generator("centers")).to(device)
+        drawn = torch.randn(shape, generator=generator("centers"))
+        centers = nn.Embedding.from_pretrained(drawn, freeze=False).to(device)
         center_optimizer = torch.optim.SGD(centers.parameters(), lr_cent)
         parts |= {"centers": centers, "center_optimizer": center_optimizer}
     first = 0
@@ -131,13 +129,13 @@ def train(
             loss_sum += loss.detach() * (weight > 0)
             if centers is not None:
                 center_optimizer.zero_grad()
-                loss = loss + weight_cent * centers(features, targets[index])
+                loss = loss + weight_cent * center_loss(features, targets[index], centers.weight)
             scaler.scale(loss * weight).backward()
             scaler.step(optimizer)
             if centers is not None:
                 # The centres move as if their loss had weight 1 (Wen et al., algorithm 1).
-                parallel.add(centers.centers.grad)
-                centers.centers.grad.mul_(1 / weight_cent / parallel.world())
+                parallel.add(centers.weight.grad)
+                centers.weight.grad.mul_(1 / weight_cent / parallel.world())
                 scaler.step(center_optimizer)
             scaler.update()
         parallel.add(loss_sum)
@@ -227,7 +225,7 @@ def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> 
 
 def evaluate(network: ResNet, images: Images, targets: Tensor, **settings) -> float:
     """Accuracy in percent on all `images`; targets: (M,) int64. settings: as for `predict`."""
-    logits = predict(network, images, torch.arange(images.count), **settings)["logits"]
+    logits = predict(network, images, torch.arange(len(targets)), **settings)["logits"]
     return parallel.from_rank0(
         lambda: 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
     )

@@ -90,8 +90,8 @@ def process(*initializer: Callable) -> Iterator[Callable]:
 
 def set_up() -> None:
     """Do to this process what the scripts do: the C library keeps freed memory."""
-    flags = dict.fromkeys(("use_cpu", "gpu", "compile", "deterministic"))
-    parallel.setup_device(argparse.Namespace(**flags))
+    flags = dict.fromkeys(("use_cpu", "compile", "deterministic"))
+    parallel.setup_device(argparse.Namespace(gpu=0, **flags))
 
 
 # ---- augmentation, training and scoring ---------------------------------------------------------

@@ -331,14 +331,14 @@ SEVERAL = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 SEVERAL["TORCHELASTIC_MAX_RESTARTS"] = "3"
 REFUSED = {  # arguments and surroundings
     "--compile": ["--compile"],
-    "--gpu": ["--gpu", "0,0"],  # one of two devices for each process
+    "--gpu": ["--gpu", "2"],
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": [],
 }
 
 
 @pytest.mark.parametrize("part", REFUSED)
 def test_refused_under_torchrun(monkeypatch, part):
-    """Two devices for two processes, and several machines that could not be restarted."""
+    """Of two devices the third is wanted; several machines could not be restarted."""
     as_of_torchrun(monkeypatch, **SEVERAL)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: part == "--gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
