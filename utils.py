@@ -53,11 +53,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
-def names(text: str) -> list[str]:
-    """argparse type: names of classes, separated by commas."""
-    return text.split(",")
-
-
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
 POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=True)
@@ -108,7 +103,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(group, "--seed", SIZE, 1, "N", "seed of every random draw")
     which = group.add_mutually_exclusive_group()
     add(which, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
-    add(which, "--known", names, None, "A,B", "names of the known classes instead")
+    listed = partial(str.split, sep=",")
+    add(which, "--known", listed, None, "A,B", "names of the known classes instead")
     add(group, "--image-size", COUNT, None, "N", "pixels, height and width of a folder's images")
     switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
     switch(group, "--augment-pool", "query through the training augmentation, as released")
@@ -310,7 +306,7 @@ class Run:
             self.began = time.monotonic()
             yield self.split
         if sheets and len(self.split.pool):
-            sheet = self._sheet(self.round)
+            sheet = f"{self.data.identity}/query_{self.round}.csv"
             self.say(f"fill in the column label of {sheet}, then run the same command again")
             return
         why = "" if len(self.split.pool) else " (the pool is empty)"
@@ -454,11 +450,8 @@ class Run:
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
-        sheet = self._sheet(self.round + 1)
+        sheet = Path(self.data.identity) / f"query_{self.round + 1}.csv"
         write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
-
-    def _sheet(self, number: int) -> Path:
-        return Path(self.data.identity) / f"query_{number}.csv"
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""

@@ -169,7 +169,7 @@ def test_cifar_damaged(small_cifar, tmp_path, monkeypatch):
     for file in (source.train_list[-1][0], source.test_list[0][0], source.meta["filename"]):
         whole = (batches / file).read_bytes()
         (batches / file).write_bytes(bad)
-        check_fails(name, tmp_path, file, md5(bad).hexdigest(), source.tgz_md5, source.url)
+        check_fails(name, tmp_path, batches, source.tgz_md5, source.url)
         (batches / file).write_bytes(whole)
     archive = make_tar(source, batches)
     shutil.rmtree(batches)
