@@ -223,7 +223,8 @@ def run_script(main: Callable[[], None]) -> None:
         elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status, error = 2, f"--compile does not work here, leave it out ({raised})"
         elif parallel.world() > 1 and parallel.lost(raised):
-            status = 1  # another process has ended, and torchrun tells which
+            status = 1
+            tell("another process has ended")  # torchrun tells which
         else:
             raise
     if error:

@@ -166,9 +166,9 @@ def one_first(compute: Callable[[], object]) -> object:
     """Run `compute` on one rank of each machine, because it may download, then on the others."""
     if local_rank() > 0:
         any_rank(False)
-        return compute()
     result = compute()
-    any_rank(False)
+    if local_rank() == 0:
+        any_rank(False)
     return result
 
 

@@ -21,7 +21,7 @@ from models import parallel
 
 IMAGES = 2048  # predicted per turn, 32x32, with resnet20 and 20 + 1 classes
 TURNS = 7
-POOL, QUERY = 1_000_000, 1500  # what is gathered, and the positions that go back
+POOL = 1_000_000  # images whose outputs are gathered
 FLOATS = {"features": 2, "logits": 21}  # of one image of the pool
 
 
@@ -46,12 +46,9 @@ def measure() -> dict[str, list[float]]:
         for output in outputs:
             parallel.gather_rows(output, counts)
 
-    def broadcast() -> None:
-        parallel.from_rank0(lambda: torch.arange(QUERY))
-
-    times = {call.__name__: [] for call in (alone, both, gather, broadcast)}
+    times = {call.__name__: [] for call in (alone, both, gather)}
     for _ in range(TURNS + 1):
-        for call in (alone, both, gather, broadcast):
+        for call in (alone, both, gather):
             dist.barrier()
             begin = time.perf_counter()
             call()
@@ -69,7 +66,6 @@ def main() -> None:
         rows = {
             "scoring, 2 processes over 1": np.divide(times["alone"], times["both"]),
             f"gather {POOL:,} x {sum(FLOATS.values())} floats, s": times["gather"],
-            f"broadcast {QUERY:,} positions, s": times["broadcast"],
         }
         print("| what | median | lowest | highest |\n|---|---|---|---|")
         for what, values in rows.items():
