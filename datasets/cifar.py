@@ -32,8 +32,12 @@ def _read(source: type, place: Path) -> Raw:
         with tempfile.TemporaryDirectory() as folder:
             shutil.unpack_archive(place, folder, filter="data")
             return _read(source, Path(folder) / source.base_folder)
+
+    class Here(source):
+        base_folder = ""  # below the root that it is given, whatever the root's name
+
     try:
-        train, test = (source(place.resolve().parent, train=part) for part in (True, False))
+        train, test = (Here(place, train=part) for part in (True, False))
     except RuntimeError as error:
         raise UserError("a file is missing or has another MD5") from error
     labels = [np.array(part.targets, np.int64) for part in (train, test)]

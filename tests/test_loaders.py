@@ -151,10 +151,12 @@ def test_cifar(small_cifar, tmp_path, monkeypatch, capfd):
     """From the folder below data_dir or data_dir itself, and from an archive of another MD5."""
     load, source, batches, arrays = small_cifar
     monkeypatch.chdir(batches)
-    for data_dir in (tmp_path, batches, "."):
-        check_arrays(load(data_dir), arrays)
     make_tar(source, batches)
-    shutil.rmtree(batches)
+    linked = tmp_path / "linked" / source.base_folder
+    linked.parent.mkdir()
+    linked.symlink_to(batches.rename(tmp_path / "renamed"))
+    for data_dir in (linked.parent, linked, linked.resolve(), "."):
+        check_arrays(load(data_dir), arrays)
     raw = load(tmp_path)
     check_arrays(raw, arrays)
     assert raw.classes[9] == "class 9"
