@@ -236,8 +236,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 # ---- the run ------------------------------------------------------------------------------------
 
-FORMAT = 2  # of the checkpoint; version 1 had other rules for ties and repeated queries
-STATE = ("experiment", "answers", "round", "log", "queries", "networks", "training")
+FORMAT = 3  # of the checkpoint; version 1 had other rules for ties and repeated queries
+STATE = ("experiment", "answers", "round", "log", "queries", "networks")
 # Arguments that change the last bits of a result, and that a run's name does not tell.
 ROUNDING = ("eval_batch_size", "compile", "deterministic")
 SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
@@ -279,8 +279,7 @@ class Run:
         self.round = 0  # rounds done
         self.log: dict[str, dict] = {"Acc": {}, "Err": {}, "Precision": {}, "Recall": {}}
         self.queries: list[Tensor] = []  # per round, indices into the training images
-        self.networks: dict[str, dict] = {}  # trained in this round: name -> weights
-        self.training: dict | None = None  # the network under training: name and snapshot
+        self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
         self.saved = time.monotonic()
         self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
         self.experiment = {"name": self.path.name, "data": data.identity}
@@ -329,30 +328,26 @@ class Run:
         network = models.create(args.model, outputs, args.feat_dim, draws, self.device, dropout)
         if name == "detector" and not self.reads:
             return network  # nobody reads it: the strategy is random
-        if name in self.networks:
-            network.load_state_dict(self.networks[name])
-            return network
 
         def after_epoch(epoch: int, loss: float, snapshot: Callable[[], dict]) -> None:
             self.record(f"loss/{name}", loss, self.round * args.max_epoch + epoch)
             stop = parallel.any_rank(bool(signals))
             due = time.monotonic() - self.saved >= args.checkpoint_seconds
             if (stop or due) and epoch < args.max_epoch:
-                self.training = {"name": name, **snapshot()}
+                self.networks[name] = snapshot()
                 self.save()
                 if stop:
                     raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
 
         keys = "max_epoch batch_size lr_model stepsize gamma weight_cent lr_cent amp compile"
         settings = {key: getattr(args, key) for key in keys.split()}
-        if self.training and self.training["name"] == name:
-            settings["state"] = self.training
         settings |= {"temperature": temperature, "num_centers": self.data.num_known}
+        settings["state"] = self.networks.get(name)
         images = self.data.train, self.data.targets, indices
         with parallel.noted_signals() as signals:
             draws = partial(self.generator, name)
             models.train(network, *images, draws, after_epoch=after_epoch, **settings)
-            self.training, self.networks[name] = None, network.state_dict()
+            self.networks[name] = {"epoch": args.max_epoch, "network": network.state_dict()}
             self.save()
             if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
                 raise parallel.Stopped(*signals, signal.SIGTERM)
@@ -416,11 +411,12 @@ class Run:
         if self.args.save_model and parallel.rank() == 0:
             content = {"arguments": vars(self.args), "classes": list(data.classes)}
             dataset = DATASETS[self.args.dataset]
-            content |= {"mean": dataset.mean, "std": dataset.std, **self.networks}
+            content |= {"mean": dataset.mean, "std": dataset.std}
+            content |= {name: state["network"] for name, state in self.networks.items()}
             write_whole(f"{self.path}.model.pt", partial(torch.save, content))
         if data.sheets is None:
             self.split = open_set.update(split, queried, data.known, self.args.drop_unknown)
-            self.round, self.networks, self.training = done + 1, {}, None
+            self.round, self.networks = done + 1, {}
         self.save()  # last: a run killed before this prints the round again, but loses nothing
         if data.sheets:
             self._ask(queried)
@@ -431,9 +427,9 @@ class Run:
         sheets, self.split = self.data.sheets, self.data.split
         done, answers = len(sheets.queries), self.data.answers
         if (self.round, self.answers) != (done, answers):
-            if self.round == done and (self.networks or self.training) and parallel.rank() == 0:
+            if self.round == done and self.networks and parallel.rank() == 0:
                 tell("answers or images changed after this round began: it starts again")
-            self.round, self.answers, self.networks, self.training = done, answers, {}, None
+            self.round, self.answers, self.networks = done, answers, {}
         found = {q: sheets.precision(q + 1) for q in range(self.round)}
         self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
 

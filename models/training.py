@@ -70,9 +70,9 @@ def train(
     its own. temperature: one per class, see `batch_loss`. lr_model is multiplied by gamma every
     `stepsize` epochs. num_centers: K; targets of K or more have no centre.
     after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()` returns: passed as
-    `state` it continues the training; on the CPU the result is equal to the last bit. Under
-    torchrun the ranks share each batch. Raises UserError if the loss or a weight became NaN or
-    infinite.
+    `state` it continues the training; on the CPU the result is equal to the last bit. For a
+    finished training its "epoch" and "network" are enough. Under torchrun the ranks share each
+    batch. Raises UserError if the loss or a weight became NaN or infinite.
     """
     device, count = targets.device, len(indices)
     if temperature is not None:
@@ -95,8 +95,8 @@ def train(
     first = 0
     if state is not None:
         first = state["epoch"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
     module = network
     if parallel.world() > 1:
         module = DistributedDataParallel(network, [device] if device.type == "cuda" else None)

@@ -138,7 +138,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(forks, tmp_path):
         succeed(forks, person.home, LFOSA, *QUICK)
         person.answer(1)
     # At the checkpoints with the detector, with both networks, and at the end of the round.
-    writes = [(".pt", 2), (".pt", 3), (".pt", 3), ("predictions.csv", 1), ("query_2.csv", 1)]
+    writes = [(".pt", 2), (".pt", 3), (".pt", 4), ("predictions.csv", 1), ("query_2.csv", 1)]
     for ending, call in writes:
         before = KILL.format(ending=ending, call=call)
         assert forks.run(killed.home, LFOSA, *QUICK, before=before).returncode == -9
