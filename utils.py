@@ -282,7 +282,7 @@ class Run:
         self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
         self.saved = time.monotonic()
         self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
-        self.experiment = {"name": self.path.name, "data": data.identity}
+        self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers = data.answers
@@ -465,7 +465,7 @@ class Run:
         need = 2 * 12 + 8 * self.args.save_model
         need *= sum(parameter.numel() for parameter in network.parameters())
         self.lock, there = claim(self.path, self.args.resume, self.args.overwrite, need)
-        return load_checkpoint(there, FORMAT, self.experiment) if there else None
+        return load_checkpoint(there, self.experiment) if there else None
 
     def _begin(self) -> None:
         """Write the first checkpoint, open NAME.log and TensorBoard's file, print what will run."""
@@ -498,8 +498,7 @@ class Run:
             return
         if self.journal:
             self.journal.flush()
-        state = {key: getattr(self, key) for key in STATE}
-        state |= {"format": FORMAT, "split": tuple(self.split)}
+        state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
         write_whole(f"{self.path}.pt", partial(torch.save, state))
         write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
         if self.data.sheets is None:  # the sheets say what was queried

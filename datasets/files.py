@@ -113,10 +113,10 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
     return lock, checkpoint if resume and checkpoint in there else None
 
 
-def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
+def load_checkpoint(path: Path, experiment: dict) -> dict:
     """What torch.save wrote, without running code.
 
-    Raises UserError if the file is damaged or unreadable, of another version or experiment.
+    Raises UserError if the file is damaged or unreadable, or if its "experiment" is another one.
     """
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksum
@@ -127,11 +127,9 @@ def load_checkpoint(path: Path, version: int, experiment: dict) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch names no common class for a file that is no checkpoint
         raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
-    if state.get("format") != version:
-        raise UserError(f"{path} is of an earlier version: finish with that one, or --overwrite it")
     for key, value in experiment.items():
-        if (old := state["experiment"].get(key, value)) != value:
-            raise UserError(f"{path} is of another run: {key} was {old}, is {value}")
+        if (old := state.get("experiment", {}).get(key)) != value:
+            raise UserError(f"{path} is of another run or version: {key} was {old}, is {value}")
     return state
 
 
