@@ -25,7 +25,6 @@ import models
 from datasets import DATASETS, OpenSetData, augment, open_set
 from datasets.files import Journal, UserError, claim, load_checkpoint, tell, versions, write_whole
 from datasets.sheets import write_predictions, write_query
-from datasets.sources import expand
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
 
@@ -51,6 +50,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     convert.__name__ = kind.__name__  # argparse names it where `kind` raises ValueError
     return convert
+
+
+def folder(text: str) -> str:
+    """argparse type: a path, with the home folder instead of a leading `~`."""
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise ArgumentTypeError(f"{error} Give the whole path.") from None
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -94,7 +101,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     first = "AV_temperature" if detector else "uncertainty"
     group = parser.add_argument_group("experiment")
     add(group, "--dataset", [*DATASETS], dataset, "NAME")
-    add(group, "--data-dir", str, "~/data", "DIR", "folder of the data sets")
+    add(group, "--data-dir", folder, "~/data", "DIR", "folder of the data sets")
     add(group, "--query-strategy", strategies, first, "NAME")
     add(group, "--known-class", COUNT, None, "K", "number of known classes")
     add(group, "--init-percent", PERCENT, None, "P", "percent of known images labeled at first")
@@ -133,7 +140,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(group, "--compile", "compile the networks with torch.compile")
     switch(group, "--deterministic", "only deterministic kernels on CUDA")
     group = parser.add_argument_group("files")
-    add(group, "--save-dir", str, "log_AL", "DIR", "folder of logs and checkpoints")
+    add(group, "--save-dir", folder, "log_AL", "DIR", "folder of logs and checkpoints")
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
     add(group, "--checkpoint-seconds", WEIGHT, 60, "S", "seconds between checkpoints in training")
@@ -250,7 +257,7 @@ def start(description: str, detector: bool) -> "Run":
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
-    wanted = args.dataset, args.data_dir, device, *which
+    wanted = args.dataset, Path(args.data_dir), device, *which
     return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
 
 
@@ -281,7 +288,7 @@ class Run:
         self.queries: list[Tensor] = []  # per round, indices into the training images
         self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
         self.saved = time.monotonic()
-        self.path = expand(args.save_dir, "--save-dir") / run_name(args, data)
+        self.path = Path(args.save_dir) / run_name(args, data)
         self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}

@@ -21,7 +21,7 @@ from .augment import Images
 from .files import UserError
 from .open_set import Split
 from .sheets import Sheets
-from .sources import Raw, expand
+from .sources import Raw
 
 
 class Dataset(NamedTuple):
@@ -61,7 +61,8 @@ DATASETS = {
         std=(0.3760,) * 3,
         flip=False,
         defaults=_SMALL
-        | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02),
+        | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02)
+        | dict(data_dir="unused"),  # a container may have no home for the usual one
     ),
     "folder": Dataset(
         folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
@@ -90,7 +91,7 @@ class OpenSetData(NamedTuple):
 
 def create(
     name: str,
-    data_dir: str,
+    data_dir: Path,
     device: torch.device,
     known_class: int | None = None,
     class_seed: int | None = None,
@@ -110,11 +111,11 @@ def create(
         raise UserError("--image-size works only with --dataset folder")
     size, more = {"size": image_size or 64} if own else {}, {}
     try:
-        if own and (expand(data_dir) / "labels.csv").is_file():
+        if own and (data_dir / "labels.csv").is_file():
             raw, more = annotator.load(data_dir, **size)
-            K, identity = len(raw.classes), str(expand(data_dir).resolve())
+            K, identity = len(raw.classes), str(data_dir.resolve())
         else:
-            raw = dataset.load(Path(data_dir), **size)
+            raw = dataset.load(data_dir, **size)
             known_class = known_class or dataset.defaults.get("known_class")
             raw, K, identity = _renumbered(raw, known_class, class_seed, known, own)
     except OSError as error:

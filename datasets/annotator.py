@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,25 +10,24 @@ import torch
 from . import folder, sheets
 from .files import UserError
 from .open_set import Split
-from .sources import Raw, expand
+from .sources import Raw
 
 
-def load(data_dir: str, size: int) -> tuple[Raw, dict]:
+def load(data_dir: Path, size: int) -> tuple[Raw, dict]:
     """All images below data_dir as training images, those of test.csv as test images, both sorted.
 
     Labels of training images that are of no known class are K. Left out are broken images and
     those whose name no sheet can hold. Returns also the last fields of OpenSetData, by name.
     Raises UserError if a sheet is faulty or if no labeled image can be read, and OSError.
     """
-    path = expand(data_dir)
-    if not os.access(path, os.W_OK):  # told before the round rather than after it
-        raise UserError(f"cannot write to {path}, where the query sheets go")
-    files = folder.list_images(path)
-    said = sheets.read(path, files)
+    if not os.access(data_dir, os.W_OK):  # told before the round rather than after it
+        raise UserError(f"cannot write to {data_dir}, where the query sheets go")
+    files = folder.list_images(data_dir)
+    said = sheets.read(data_dir, files)
     odd = [name for name in files if name.encode(errors="replace").decode() != name]
     left_out = dict.fromkeys(odd, "its name is not valid Unicode")
     files = {name: files[name] for name in files if name not in left_out}
-    decoded = folder.read(path, files, size, leave_out=True)
+    decoded = folder.read(data_dir, files, size, leave_out=True)
     left_out |= decoded.broken
     names = [name for name in files if name not in left_out]
     position = {name: i for i, name in enumerate(names)}
@@ -35,7 +35,7 @@ def load(data_dir: str, size: int) -> tuple[Raw, dict]:
     labels = np.array([number.get(said.labels.get(name), len(number)) for name in names], np.int64)
     labeled = np.flatnonzero(labels < len(number))
     if not len(labeled):
-        raise UserError(f"none of the images that labels.csv gives a class can be read in {path}")
+        raise UserError("labels.csv gives a class to no image that can be read")
     unknown = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
     pool = [position[name] for name in names if name not in said.taken]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import UserError
-from .sources import Published, Raw, expand, read_source
+from .sources import Published, Raw, read_source
 
 
 def load(data_dir: Path, source: type) -> Raw:
@@ -23,7 +23,7 @@ def load(data_dir: Path, source: type) -> Raw:
     """
     name = source.meta["filename"]
     published = Published(source.url, source.tgz_md5, source.base_folder, name)
-    return read_source(expand(data_dir), published, partial(_read, source))
+    return read_source(data_dir, published, partial(_read, source))
 
 
 def _read(source: type, place: Path) -> Raw:

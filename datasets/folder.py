@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from . import images
 from .files import UserError, one_at_a_time, tell
-from .sources import Raw, expand
+from .sources import Raw
 
 
 def load(data_dir: Path, size: int = 64) -> Raw:
@@ -24,7 +24,6 @@ def load(data_dir: Path, size: int = 64) -> Raw:
     Classes are ordered by name; a class may lack training or test images. Raises UserError if
     there are no images or broken ones, and OSError.
     """
-    data_dir = expand(data_dir)
     files = list_images(data_dir)
     train, test, val = (
         [name for name in files if re.match(f"{part}/.*/", name)]
@@ -68,9 +67,9 @@ def read(
         return images.decode(cache, files, content, fit, size, leave_out)
 
 
-def log_name(data_dir: str) -> str:
+def log_name(data_dir: Path) -> str:
     """The folder's own name, with "-" for all but ASCII letters, digits, "." and "-"."""
-    name = os.path.basename(os.path.abspath(expand(data_dir)))
+    name = os.path.basename(os.path.abspath(data_dir))
     return re.sub(r"^\.|[^a-zA-Z0-9.-]", "-", name) or "folder"
 
 

@@ -41,14 +41,6 @@ class Published(NamedTuple):
     marker: str  # a file or folder in it, by which data_dir itself is recognised
 
 
-def expand(path: Path | str, flag: str = "--data-dir") -> Path:
-    """Replace a leading `~`. Raises UserError if there is no such home folder."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{flag} {path}: {error} Give the whole path.") from None
-
-
 def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
     """Return what `read`, given a path, makes of the files of a data set.
 

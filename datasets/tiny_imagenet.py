@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import images
 from .files import UserError, one_at_a_time
-from .sources import Published, Raw, expand, read_source
+from .sources import Published, Raw, read_source
 
 SIZE = 64  # pixels, height and width of every image
 ANNOTATIONS = "val/val_annotations.txt"  # lines of: image, class, box
@@ -35,7 +35,6 @@ def load(data_dir: Path) -> Raw:
     if nothing is there, or what an earlier start has decoded into tiny-imagenet-200.npy. Raises
     UserError if no images can be had.
     """
-    data_dir = expand(data_dir)
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
         return images.labeled(read_source(data_dir, PUBLISHED, partial(_read, cache), cache))

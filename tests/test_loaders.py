@@ -45,7 +45,7 @@ def no_network(monkeypatch):
 
 
 def create(name, data_dir, **options):
-    return datasets.create(name, str(data_dir), torch.device("cpu"), **options)
+    return datasets.create(name, Path(data_dir), torch.device("cpu"), **options)
 
 
 def check_fails(name, data_dir, *parts):
@@ -155,7 +155,7 @@ def test_cifar(small_cifar, tmp_path, monkeypatch, capfd):
     linked = tmp_path / "linked" / source.base_folder
     linked.parent.mkdir()
     linked.symlink_to(batches.rename(tmp_path / "renamed"))
-    for data_dir in (linked.parent, linked, linked.resolve(), "."):
+    for data_dir in (linked.parent, linked, linked.resolve(), Path(".")):
         check_arrays(load(data_dir), arrays)
     raw = load(tmp_path)
     check_arrays(raw, arrays)
