@@ -503,8 +503,6 @@ class Run:
         """Write NAME.pt, then NAME.pkl and NAME.queries.json, which follow from it (rank 0)."""
         if parallel.rank() > 0:
             return
-        if self.journal:
-            self.journal.flush()
         state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
         write_whole(f"{self.path}.pt", partial(torch.save, state))
         write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))

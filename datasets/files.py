@@ -176,9 +176,4 @@ class Journal:
             content = getattr(summary, kind)(name, value)
             with told(self.log.parent):
                 self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
-
-    def flush(self) -> None:
-        """Bring TensorBoard's numbers to the disk: what comes later, a resumed run does again."""
-        if self.events:
-            with told(self.log.parent):
                 self.events.flush()
