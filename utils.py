@@ -437,8 +437,7 @@ class Run:
             if self.round == done and self.networks and parallel.rank() == 0:
                 tell("answers or images changed after this round began: it starts again")
             self.round, self.answers, self.networks = done, answers, {}
-        found = {q: sheets.precision(q + 1) for q in range(self.round)}
-        self.log["Precision"] = {q: value for q, value in found.items() if value is not None}
+        self.log["Precision"] = sheets.precisions()
 
     def _ask(self, queried: Tensor) -> None:
         """Write what the classifier predicts of the pool, and the sheet for the annotator."""

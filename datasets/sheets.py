@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from .files import UserError, write_whole
@@ -31,13 +32,13 @@ class Sheets(NamedTuple):
     queries: list[dict[str, str | None]]  # of query_1.csv on: file -> answer or None, best first
     taken: frozenset[str]  # never asked: files that are answered or stand in test.csv
 
-    def precision(self, number: int) -> float | None:
-        """Known / (known + unknown) among the answers in query_<number>.csv; None if there is none.
+    def precisions(self) -> dict[int, float]:
+        """Number of a round, from 0 -> known / (known + unknown) among the answers to its query.
 
         "skip" does not count: it does not say whether the image is known.
         """
-        counted = [x for x in self.queries[number - 1].values() if x not in (None, SKIP)]
-        return sum(x != UNKNOWN for x in counted) / len(counted) if counted else None
+        told = [[x for x in query.values() if x not in (None, SKIP)] for query in self.queries]
+        return {q: fmean(x != UNKNOWN for x in said) for q, said in enumerate(told) if said}
 
 
 def read(folder: Path, images: Collection[str]) -> Sheets:

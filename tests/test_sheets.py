@@ -91,7 +91,7 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
             expected[file] = label or expected.get(file)
         assert list(got.queries[number - 1].items()) == list(expected.items())
         known = [label in classes for label in expected.values() if label not in (None, "skip")]
-        assert got.precision(number) == (sum(known) / len(known) if known else None)
+        assert got.precisions().get(number - 1) == (sum(known) / len(known) if known else None)
 
 
 @settings(deadline=None, max_examples=100)
