@@ -36,18 +36,15 @@ def upper_posterior(values: Tensor, logits: Tensor, generator: torch.Generator) 
     values, prediction = values.double().cpu().numpy(), logits.argmax(1).cpu().numpy()
     seeds = torch.randint(2**31, logits.shape[1:], generator=generator).tolist()
     posterior = np.full(len(values), NO_CANDIDATE)
-    with threadpool_limits(1):  # more threads only wait for each other on so few numbers
+    # More threads than one only wait for each other on so few numbers.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are the protocol
+        settings = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
         for c, seed in enumerate(seeds):
             images = np.flatnonzero(prediction == c)
             if len(images) >= 2:
-                posterior[images] = _of_one_class(values[images], seed)
+                column = values[images, None]
+                mixture = GaussianMixture(2, random_state=seed, **settings).fit(column)
+                upper = mixture.means_.argmax()
+                posterior[images] = mixture.predict_proba(column)[:, upper]
     return torch.from_numpy(posterior).to(logits.device)
-
-
-def _of_one_class(values: np.ndarray, seed: int) -> np.ndarray:
-    """Posterior of the upper of two Gaussian components fitted to `values`: (m,) -> (m,)."""
-    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are the protocol
-        posterior = mixture.fit(values[:, None]).predict_proba(values[:, None])
-    return posterior[:, mixture.means_.argmax()]

@@ -25,7 +25,10 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """
     prediction = one_hot(outputs.logits.argmax(1), outputs.logits.shape[1])
     errors = outputs.logits.double().softmax(1) - prediction
-    e_norms, f_norms = (in_chunks(squared_norms, rows) for rows in (errors, outputs.features))
+    e_norms, f_norms = (
+        in_chunks(lambda part: part.double().square().sum(1), rows)  # (n,) float64
+        for rows in (errors, outputs.features)
+    )
     chosen = top_k(e_norms * f_norms, 1, generator).tolist()
     nearest = torch.full((outputs.size,), math.inf, dtype=torch.float64)
     for draw in torch.rand(count - 1, dtype=torch.float64, generator=generator):
@@ -36,11 +39,6 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
         sums = weights.cumsum(0)
         chosen.append(int(torch.searchsorted(sums, draw * sums[-1], right=True)))
     return torch.tensor(chosen)
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norm of each row: (n, F) -> (n,) float64."""
-    return rows.double().square().sum(1)
 
 
 def squared_distances(
