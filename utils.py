@@ -361,11 +361,8 @@ class Run:
         return network
 
     def evaluate(self, network: models.ResNet) -> float:
-        """Accuracy on the test images of the known classes, in percent."""
-        test = self.data.test, self.data.test_targets
-        if not len(test[1]):  # an annotator may do without
-            return math.nan
-        return models.evaluate(network, *test, **self.prediction)
+        """Accuracy on the test images of the known classes, in percent; NaN if there are none."""
+        return models.evaluate(network, self.data.test, self.data.test_targets, **self.prediction)
 
     def predict(self, network: models.ResNet, split: open_set.Split) -> PoolOutputs:
         """What the strategy reads: of the pool, and of the labeled images."""

@@ -224,7 +224,9 @@ def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> 
 
 
 def evaluate(network: ResNet, images: Images, targets: Tensor, **settings) -> float:
-    """Accuracy in percent on all `images`; targets: (M,) int64. settings: as for `predict`."""
+    """Accuracy in percent, NaN without images; targets: (M,) int64. settings: as for `predict`."""
+    if not len(targets):
+        return math.nan
     logits = predict(network, images, torch.arange(len(targets)), **settings)["logits"]
     return parallel.from_rank0(
         lambda: 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
