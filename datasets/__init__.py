@@ -5,7 +5,6 @@ not contain "_", which separates the parts of a log's name.
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -161,7 +160,7 @@ def _renumbered(
     targets = np.minimum(targets, K)
     identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes())
     if own:
-        for content in (os.fsencode("/".join(raw.names)), raw.train, raw.test):
+        for content in ("/".join(raw.names).encode(), raw.train, raw.test):
             identity.update(content)
     tested = test_targets < K
     sets = raw.train, targets, raw.test[tested], test_targets[tested]

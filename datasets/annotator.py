@@ -16,20 +16,16 @@ from .sources import Raw
 def load(data_dir: Path, size: int) -> tuple[Raw, dict]:
     """All images below data_dir as training images, those of test.csv as test images, both sorted.
 
-    Labels of training images that are of no known class are K. Left out are broken images and
-    those whose name no sheet can hold. Returns also the last fields of OpenSetData, by name.
-    Raises UserError if a sheet is faulty or if no labeled image can be read, and OSError.
+    Labels of training images that are of no known class are K. Broken images are left out. Returns
+    also the last fields of OpenSetData, by name. Raises UserError if a sheet is faulty or if no
+    labeled image can be read, and OSError.
     """
     if not os.access(data_dir, os.W_OK):  # told before the round rather than after it
         raise UserError(f"cannot write to {data_dir}, where the query sheets go")
     files = folder.list_images(data_dir)
     said = sheets.read(data_dir, files)
-    odd = [name for name in files if name.encode(errors="replace").decode() != name]
-    left_out = dict.fromkeys(odd, "its name is not valid Unicode")
-    files = {name: files[name] for name in files if name not in left_out}
     decoded = folder.read(data_dir, files, size, leave_out=True)
-    left_out |= decoded.broken
-    names = [name for name in files if name not in left_out]
+    names = [name for name in files if name not in decoded.broken]
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(said.classes)}
     labels = np.array([number.get(said.labels.get(name), len(number)) for name in names], np.int64)
@@ -47,4 +43,4 @@ def load(data_dir: Path, size: int) -> tuple[Raw, dict]:
     content = repr((names, said.classes, said.labels, said.test, pool))
     answers = hashlib.sha256(content.encode()).hexdigest()[:16]
     more = {"names": tuple(names), "sheets": said, "split": split}
-    return raw, more | {"answers": answers, "left_out": left_out}
+    return raw, more | {"answers": answers, "left_out": decoded.broken}

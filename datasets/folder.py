@@ -61,6 +61,7 @@ def read(
     fit = partial(_fit, size=size)
 
     def content(name: str) -> bytes:
+        name.encode()  # an image is broken if its name is not Unicode: no sheet can hold it
         return (data_dir / name).read_bytes()
 
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
