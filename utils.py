@@ -24,7 +24,7 @@ import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
 from datasets.files import Journal, UserError, claim, load_checkpoint, tell, versions, write_whole
-from datasets.sheets import write_predictions, write_query
+from datasets.sheets import write_sheet
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
 
@@ -449,9 +449,10 @@ class Run:
         probability, label = logits.double().softmax(1).max(1)
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
-        write_predictions(Path(f"{self.path}_predictions.csv"), rows.values())
-        sheet = Path(self.data.identity) / f"query_{self.round + 1}.csv"
-        write_query(sheet, [rows[i] for i in queried.tolist()])  # the last act
+        write_sheet(f"{self.path}_predictions.csv", "file class probability", rows.values())
+        sheet = f"{data.identity}/query_{self.round + 1}.csv"
+        asked = [rows[i] for i in queried.tolist()]
+        write_sheet(sheet, "file predicted probability label", asked)  # the last act
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""

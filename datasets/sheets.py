@@ -89,22 +89,15 @@ def read(folder: Path, images: Collection[str]) -> Sheets:
     )
 
 
-def write_query(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write a new query sheet. rows: file, predicted class and its probability, best first.
+def write_sheet(path: Path | str, columns: str, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write a sheet with these columns. rows: file, class, probability; a fourth is empty.
 
-    Raises UserError if the sheet exists, because it may hold answers.
+    Raises UserError if a sheet with a column `label` exists, because it may hold answers.
     """
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists: a query sheet is never overwritten")
-    write_predictions(path, rows, "file predicted probability label")
-
-
-def write_predictions(
-    path: Path, rows: Iterable[tuple[str, str, float]], columns: str = "file class probability"
-) -> None:
-    """Write or replace the predictions. rows: file, class, probability. A fourth one is empty."""
-    text = io.StringIO(newline="")
     header = columns.split()
+    if "label" in header and os.path.lexists(path):
+        raise UserError(f"{path} exists: a query sheet is never overwritten")
+    text = io.StringIO(newline="")
     table = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
     csv.writer(text).writerows([header, *table])
     # Without the byte order mark ("-sig") Excel takes UTF-8 for cp1252.

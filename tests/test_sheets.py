@@ -16,6 +16,7 @@ from datasets import sheets
 from datasets.files import UserError
 
 LATIN = ["a", "b", "7", " ", ",", ";", '"', "'", "é", "ñ", "ß"]  # what cp1252 can write
+QUERY = "file predicted probability label"
 OTHERS = [*LATIN, "e\N{COMBINING ACUTE ACCENT}", "日", "ж"]
 
 
@@ -103,7 +104,7 @@ def test_a_written_query_is_filled_in_and_read(data, names):
     with tempfile.TemporaryDirectory() as name:
         folder, query = Path(name), Path(name, "query_1.csv")
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
-        sheets.write_query(query, [(file, "Cat", 1 / 3) for file in images])
+        sheets.write_sheet(query, QUERY, [(file, "Cat", 1 / 3) for file in images])
         assert sheets.read(folder, [*images, "start.png"]).queries == [dict.fromkeys(images)]
         rows = list(csv.DictReader(io.StringIO(query.read_text("utf-8-sig"), newline="")))
         others = dict(predicted="Cat", probability="0.3333", label="")
@@ -114,7 +115,7 @@ def test_a_written_query_is_filled_in_and_read(data, names):
             writer.writerows(r | {"label": a} for r, a in zip(rows, answers, strict=True))
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
-            sheets.write_query(query, [(images[0], "Cat", 0.5)])
+            sheets.write_sheet(query, QUERY, [(images[0], "Cat", 0.5)])
         assert query.read_bytes() == filled
         [got] = sheets.read(folder, [*images, "start.png"]).queries
     assert list(got.items()) == list(zip(images, answers, strict=True))
@@ -166,7 +167,8 @@ def test_other_files_are_no_sheets_and_no_query_sheet_may_be_missing(tmp_path):
 
 def test_predictions_are_replaced_in_a_form_that_excel_understands(tmp_path):
     for probability in (1 / 4, 3 / 4):
-        sheets.write_predictions(tmp_path / "p.csv", [("é,1.png", "dög", probability)])
+        rows = [("é,1.png", "dög", probability)]
+        sheets.write_sheet(tmp_path / "p.csv", "file class probability", rows)
     content = (tmp_path / "p.csv").read_bytes()
     assert content.startswith(codecs.BOM_UTF8)  # else it shows Ã© for é
     assert content.decode("utf-8-sig") == 'file,class,probability\r\n"é,1.png",dög,0.7500\r\n'
