@@ -211,17 +211,15 @@ def run_script(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a traceback
-    error = None
+    status, error = 0, None
     try:
         main()
-        status = 0
     except parallel.Stopped as stop:
         status = 128 + stop.args[0]
-        if parallel.rank() == 0:
-            words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-            command = shlex.join([sys.executable, *words, "--resume"])
-            same = "the same torchrun line and --resume"
-            tell(f"stopped; go on with: {same if parallel.launched() else command}")
+        words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+        command = shlex.join([sys.executable, *words, "--resume"])
+        same = "the same torchrun line and --resume"
+        tell(f"stopped; go on with: {same if parallel.launched() else command}")
     except UserError as raised:
         status, error = 2, raised
     except (MemoryError, RuntimeError) as raised:

@@ -66,23 +66,22 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
     if ANNOTATIONS in files:
         lines = read(ANNOTATIONS).decode().splitlines()
         annotated = dict(line.split()[:2] for line in lines if line.strip())
-    found = {}
+    found = {}  # as train/CLASS/IMAGE or val/CLASS/IMAGE -> name
     for name in names:
         part, folder, *_ = name.split("/")
         image = name.rpartition("/")[2]
         wnid = folder if folder in classes else annotated.get(image)
         if wnid not in classes:
             raise UserError(f"{name}: class {wnid} has no training images; {EXPECTED}")
-        found[part, wnid, image] = name
-    lacks = annotated.keys() - {image for _, _, image in found}
-    if lacks or len({part for part, _, _ in found}) < 2:
+        found[f"{part}/{wnid}/{image}"] = name
+    lacks = annotated.keys() - {place.rpartition("/")[2] for place in found}
+    if lacks or len({place.partition("/")[0] for place in found}) < 2:
         raise UserError(f"{min(lacks, default='a kind of images')} is missing; {EXPECTED}")
 
-    def order(place: tuple[str, str, str]) -> tuple:
-        part, wnid, image = place
+    def order(place: str) -> tuple:
+        part, wnid, image = place.split("/")
         return part, wnid if part == "train" else "", len(image), image  # val_9, then val_10
 
-    names = {"/".join(place): found[place] for place in sorted(found, key=order)}
-    sizes = {place: files[name] for place, name in names.items()}
+    sizes = {place: files[found[place]] for place in sorted(found, key=order)}
     to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
-    return images.decode(cache, sizes, lambda place: read(names[place]), to_rgb, SIZE)
+    return images.decode(cache, sizes, lambda place: read(found[place]), to_rgb, SIZE)
