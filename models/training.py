@@ -16,7 +16,6 @@ from datasets.augment import Images
 from datasets.files import UserError
 
 from . import parallel
-from .center_loss import center_loss
 from .resnet import ResNet, fold_batchnorm
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
@@ -40,6 +39,18 @@ def batch_loss(
     if temperature is not None:
         logits = logits / temperature[targets].unsqueeze(1)
     return features.float(), F.cross_entropy(logits, targets, reduction="sum")
+
+
+def center_loss(features: Tensor, targets: Tensor, centers: Tensor) -> Tensor:
+    """The squared distances between the features and the centres of their classes, summed.
+
+    Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016,
+    equation 2, has half of it; LfOSA's released code has the whole. features: (B, F), targets: (B,)
+    int64, centers: (K, F). A target of K or more (an invalid image) has no centre and adds nothing.
+    """
+    last = len(centers) - 1
+    squares = (features - centers[targets.clamp(max=last)]).square().sum(1)
+    return (squares * (targets <= last)).sum()
 
 
 def train(
