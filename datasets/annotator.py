@@ -34,12 +34,11 @@ def load(data_dir: Path, size: int) -> tuple[Raw, dict]:
         raise UserError("labels.csv gives a class to no image that can be read")
     unknown = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
-    pool = [position[name] for name in names if name not in said.taken]
+    pool = [i for i, name in enumerate(names) if name not in said.taken]
     split = Split(*(torch.tensor(part, dtype=torch.int64) for part in (labeled, invalid, pool)))
-    test = [name for name in names if name in said.test]
-    test_pixels = decoded.pixels[[position[name] for name in test]]
-    test_labels = np.array([number[said.test[name]] for name in test], np.int64)
-    raw = Raw(decoded.pixels, labels, test_pixels, test_labels, said.classes)
+    test = [i for i, name in enumerate(names) if name in said.test]
+    test_labels = np.array([number[said.test[names[i]]] for i in test], np.int64)
+    raw = Raw(decoded.pixels, labels, decoded.pixels[test], test_labels, said.classes)
     content = repr((names, said.classes, said.labels, said.test, pool))
     answers = hashlib.sha256(content.encode()).hexdigest()[:16]
     more = {"names": tuple(names), "sheets": said, "split": split}

@@ -93,9 +93,8 @@ def fold_batchnorm(network: ResNet) -> ResNet:
     """
     folded = copy.deepcopy(network).eval()
     for module in list(folded.modules()):
-        names = [name for name, _ in module.named_children()]
-        for first, second in itertools.pairwise(names):  # registered one after the other
-            conv, norm = getattr(module, first), getattr(module, second)
+        children = list(module.named_children())  # in the order of their use
+        for (first, conv), (second, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
