@@ -334,15 +334,17 @@ class Run:
         if name == "detector" and not self.reads:
             return network  # nobody reads it: the strategy is random
 
+        def keep(state: dict) -> None:
+            self.networks[name] = state
+            self.save()
+            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
+                raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
+
         def after_epoch(epoch: int, loss: float, snapshot: Callable[[], dict]) -> None:
             self.record(f"loss/{name}", loss, self.round * args.max_epoch + epoch)
-            stop = parallel.any_rank(bool(signals))
             due = time.monotonic() - self.saved >= args.checkpoint_seconds
-            if (stop or due) and epoch < args.max_epoch:
-                self.networks[name] = snapshot()
-                self.save()
-                if stop:
-                    raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
+            if epoch < args.max_epoch and parallel.any_rank(due or bool(signals)):
+                keep(snapshot())
 
         keys = "max_epoch batch_size lr_model stepsize gamma weight_cent lr_cent amp compile"
         settings = {key: getattr(args, key) for key in keys.split()}
@@ -352,10 +354,7 @@ class Run:
         with parallel.noted_signals() as signals:
             draws = partial(self.generator, name)
             models.train(network, *images, draws, after_epoch=after_epoch, **settings)
-            self.networks[name] = {"epoch": args.max_epoch, "network": network.state_dict()}
-            self.save()
-            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
-                raise parallel.Stopped(*signals, signal.SIGTERM)
+            keep({"epoch": args.max_epoch, "network": network.state_dict()})
         return network
 
     def evaluate(self, network: models.ResNet) -> float:
@@ -496,6 +495,7 @@ class Run:
 
     def save(self) -> None:
         """Write NAME.pt, then NAME.pkl and NAME.queries.json, which follow from it (rank 0)."""
+        self.saved = time.monotonic()
         if parallel.rank() > 0:
             return
         state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
@@ -504,7 +504,6 @@ class Run:
         if self.data.sheets is None:  # the sheets say what was queried
             queries = json.dumps([queried.tolist() for queried in self.queries]).encode()
             write_whole(f"{self.path}.queries.json", lambda file: file.write(queries))
-        self.saved = time.monotonic()
 
     def say(self, *cells: object) -> None:
         """A line, or a row of cells, for the terminal and NAME.log (rank 0)."""
