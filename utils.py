@@ -255,8 +255,8 @@ def start(description: str, detector: bool) -> "Run":
     args = parse_arguments(description, detector)
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
-    wanted = args.dataset, Path(args.data_dir), device, *which
-    return Run(args, device, parallel.one_first(lambda: datasets.create(*wanted)))
+    data = datasets.create(args.dataset, Path(args.data_dir), device, *which)
+    return Run(args, device, data)
 
 
 class Run:

@@ -53,7 +53,7 @@ def list_images(data_dir: Path) -> dict[str, int]:
 def read(
     data_dir: Path, files: dict[str, int], size: int, leave_out: bool = False
 ) -> images.Decoded:
-    """Decode files of `list_images`, or map what an earlier start has made of the same files.
+    """Decode these files, or map the cache if an earlier start has decoded the same ones.
 
     Raises UserError that names broken images; with leave_out, returns all but those.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from datasets.files import UserError
 
 # torchrun notices a crashed process at once; the timeout matters only if a whole machine
-# disappears. What one process does alone (a download, k-means over a million images) takes long.
+# disappears. It must be longer than whatever the others wait for: k-means over a million images.
 TIMEOUT = timedelta(hours=2)
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -30,7 +30,7 @@ class Stopped(Exception):
 def noted_signals() -> Iterator[list[int]]:
     """Inside, the first signal to stop is only noted; a second one ends the process at once.
 
-    Under torchrun, which passes on what a scheduler has sent to all processes already, later ones
+    Under torchrun a scheduler's signal arrives twice, directly and through torchrun: later ones
     are ignored.
     """
     noted: list[int] = []
@@ -160,16 +160,6 @@ def from_rank0(compute: Callable[[], object]) -> object:
     if world() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def one_first(compute: Callable[[], object]) -> object:
-    """Run `compute` on one rank of each machine, because it may download, then on the others."""
-    if local_rank() > 0:
-        any_rank(False)
-    result = compute()
-    if local_rank() == 0:
-        any_rank(False)
-    return result
 
 
 def add(tensor: Tensor) -> None:
