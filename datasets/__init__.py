@@ -61,7 +61,7 @@ DATASETS = {
         flip=False,
         defaults=_SMALL
         | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02)
-        | dict(data_dir="unused"),  # a container may have no home for the usual one
+        | dict(data_dir="unused"),  # the usual one needs a home, which containers may lack
     ),
     "folder": Dataset(
         folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)

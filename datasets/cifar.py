@@ -34,7 +34,7 @@ def _read(source: type, place: Path) -> Raw:
             return _read(source, Path(folder) / source.base_folder)
 
     class Here(source):
-        base_folder = ""  # below the root that it is given, whatever the root's name
+        base_folder = ""  # the files lie in the root itself, whatever its name
 
     try:
         train, test = (Here(place, train=part) for part in (True, False))

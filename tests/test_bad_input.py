@@ -144,7 +144,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "cut": (lambda content: content[:-1000], "", "", "damaged"),
     "one bit flipped": (flipped, "", "", "damaged"),
     "with code": (saved({"format": Mine()}), "", "", "damaged"),
-    "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "version: format"),
+    "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "version"),
     "of another run": (of_another_run, "", "", "another"),
     "of other kernels": (SAME, "--deterministic", "", "deterministic was False, is True"),
     "without rights to read it": (SAME, "", NO_RIGHTS, "Permission denied"),
