@@ -146,7 +146,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "with code": (saved({"format": Mine()}), "", "", "damaged"),
     "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "version"),
     "of another run": (of_another_run, "", "", "another"),
-    "of other kernels": (SAME, "--deterministic", "", "deterministic was False, is True"),
+    "of other kernels": (SAME, "--deterministic", "", "deterministic"),
     "without rights to read it": (SAME, "", NO_RIGHTS, "Permission denied"),
 }
 
