@@ -256,6 +256,8 @@ def start(description: str, detector: bool) -> "Run":
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
     data = datasets.create(args.dataset, Path(args.data_dir), device, *which)
+    if device.type == "cpu":
+        parallel.keep_memory()  # only now: what the reading needed for a while is given back
     return Run(args, device, data)
 
 

@@ -59,8 +59,6 @@ def setup_device(args: Namespace) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--gpu: there is no device {device.index}, counted from 0")
         torch.cuda.set_device(device)
-    else:
-        keep_memory()
     if launched():
         if args.compile:
             raise UserError("--compile is for one process: leave it out under torchrun")

@@ -91,7 +91,8 @@ def process(*initializer: Callable) -> Iterator[Callable]:
 def set_up() -> None:
     """Do to this process what the scripts do: the C library keeps freed memory."""
     flags = dict.fromkeys(("use_cpu", "compile", "deterministic"))
-    parallel.setup_device(argparse.Namespace(gpu=0, **flags))
+    if parallel.setup_device(argparse.Namespace(gpu=0, **flags)).type == "cpu":
+        parallel.keep_memory()
 
 
 # ---- augmentation, training and scoring ---------------------------------------------------------
