@@ -257,7 +257,7 @@ def start(description: str, detector: bool) -> "Run":
     which = args.known_class, args.class_seed, args.known, args.image_size
     data = datasets.create(args.dataset, Path(args.data_dir), device, *which)
     if device.type == "cpu":
-        parallel.keep_memory()  # only now: what the reading needed for a while is given back
+        parallel.keep_memory()  # after the reading: its temporary copies went back to the system
     return Run(args, device, data)
 
 
