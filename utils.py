@@ -256,8 +256,7 @@ def start(description: str, detector: bool) -> "Run":
     device = parallel.setup_device(args)
     which = args.known_class, args.class_seed, args.known, args.image_size
     data = datasets.create(args.dataset, Path(args.data_dir), device, *which)
-    if device.type == "cpu":
-        parallel.keep_memory()  # after the reading: its temporary copies went back to the system
+    parallel.keep_memory(device)  # after the reading: its temporary copies went back to the system
     return Run(args, device, data)
 
 

@@ -70,12 +70,14 @@ def setup_device(args: Namespace) -> torch.device:
     return device
 
 
-def keep_memory() -> None:
-    """Have the C library keep what is freed for the next step, as PyTorch does on CUDA.
+def keep_memory(device: torch.device) -> None:
+    """On a CPU, have the C library keep what is freed for the next step, as PyTorch does on CUDA.
 
     glibc hands every block above 32 MiB back to the kernel, which clears it page by page when it is
     used again. With the published batch that happens to most activations in every step.
     """
+    if device.type != "cpu":
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no block is a mapping of its own

@@ -28,7 +28,7 @@ FLOATS = {"features": 2, "logits": 21}  # of one image of the pool
 def measure() -> dict[str, list[float]]:
     """Seconds by what was done, one per turn (of rank 0)."""
     device = parallel.setup_device(Namespace(use_cpu=True, compile=False, deterministic=False))
-    parallel.keep_memory()
+    parallel.keep_memory(device)
     network = models.create("resnet20", 21, 2, utils.generator(1, "init"), device)
     pixels = np.random.default_rng(1).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     images = augment.to_device(pixels, (0.5,) * 3, (0.25,) * 3, 4, True, device)
