@@ -22,10 +22,12 @@ from torch import Tensor
 
 import datasets
 import models
-from datasets import DATASETS, OpenSetData, augment, open_set
-from datasets.files import Journal, UserError, claim, load_checkpoint, tell, versions, write_whole
+from datasets import DATASETS, OpenSetData, open_set
+from datasets.files import write_whole
 from datasets.sheets import write_sheet
-from models import parallel
+from errors import Stopped, UserError, tell
+from experiment.files import Journal, claim, load_checkpoint, versions
+from models import augment, parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -214,8 +216,8 @@ def run_script(main: Callable[[], None]) -> None:
     status, error = 0, None
     try:
         main()
-    except parallel.Stopped as stop:
-        status = 128 + stop.args[0]
+    except Stopped as stop:
+        status = 128 + stop.signal
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
         command = shlex.join([sys.executable, *words, "--resume"])
         same = "the same torchrun line and --resume"
@@ -325,7 +327,7 @@ class Run:
         """A network of this round, trained on the images `indices`; see models.train.
 
         name: "detector" or "classifier". The detector is queried; without one, the classifier. A
-        network in the checkpoint is not trained again. Raises parallel.Stopped after a signal.
+        network in the checkpoint is not trained again. Raises Stopped after a signal.
         """
         args = self.args
         queried = name == "detector" or not hasattr(args, "known_T")
@@ -339,7 +341,7 @@ class Run:
             self.networks[name] = state
             self.save()
             if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
-                raise parallel.Stopped(*signals, signal.SIGTERM)  # another rank's, if not ours
+                raise Stopped(signals[0] if signals else signal.SIGTERM)  # none: another rank's
 
         def after_epoch(epoch: int, loss: float, snapshot: Callable[[], dict]) -> None:
             self.record(f"loss/{name}", loss, self.round * args.max_epoch + epoch)

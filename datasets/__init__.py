@@ -1,6 +1,6 @@
 """Data sets as open-set problems: K known classes, everything else unknown.
 
-To add one: a module with `load` returning `sources.Raw`, and an entry in DATASETS. Its name must
+To add one: a module with `load` returning `raw.Raw`, and an entry in DATASETS. Its name must
 not contain "_", which separates the parts of a log's name.
 """
 
@@ -15,18 +15,20 @@ import torch
 import torchvision
 from torch import Tensor
 
-from . import annotator, augment, cifar, digits, folder, tiny_imagenet
-from .augment import Images
-from .files import UserError
+from errors import UserError
+from models import augment
+from models.augment import Images
+
+from . import annotator, cifar, digits, folder, tiny_imagenet
 from .open_set import Split
+from .raw import Raw
 from .sheets import Sheets
-from .sources import Raw
 
 
 class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
-    load: Callable  # takes data_dir, for a folder the image size too; returns sources.Raw
+    load: Callable  # takes data_dir, for a folder the image size too; returns raw.Raw
     mean: tuple  # per channel, of pixels in [0, 1]
     std: tuple
     defaults: dict  # arguments whose published value depends on the data set

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from errors import UserError
+
 from . import folder, sheets
-from .files import UserError
 from .open_set import Split
-from .sources import Raw
+from .raw import Raw
 
 
 def load(data_dir: Path, size: int) -> tuple[Raw, dict]:

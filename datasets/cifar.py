@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import UserError
-from .sources import Published, Raw, read_source
+from errors import UserError
+
+from .archives import Published, read_published
+from .raw import Raw
 
 
 def load(data_dir: Path, source: type) -> Raw:
@@ -23,7 +25,7 @@ def load(data_dir: Path, source: type) -> Raw:
     """
     name = source.meta["filename"]
     published = Published(source.url, source.tgz_md5, source.base_folder, name)
-    return read_source(data_dir, published, partial(_read, source))
+    return read_published(data_dir, published, partial(_read, source))
 
 
 def _read(source: type, place: Path) -> Raw:

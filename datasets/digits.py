@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sources import Raw
+from .raw import Raw
 
 
 def load(data_dir: Path) -> Raw:

@@ -1,48 +1,19 @@
-"""Files: the user's error, locks, files written whole, checkpoints, and the journal of a run."""
+"""Files that are whole or missing, and the lock that lets one process at a time make them."""
 
 import contextlib
 import os
-import platform
-import shutil
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tqdm import tqdm
+from filelock import FileLock
 
-
-class UserError(Exception):
-    """Something the user can mend. Its text is told in one line, and the exit status is 2."""
-
-
-def tell(line: str) -> None:
-    """Print a line above the progress bars; under torchrun only one process of a machine does.
-
-    The run goes on if nobody reads its output any more.
-    """
-    if dist.is_torchelastic_launched() and os.environ["LOCAL_RANK"] != "0":
-        return
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+from errors import UserError
 
 
 @contextlib.contextmanager
-def told(path: Path | str) -> Iterator[None]:
-    """Raise UserError for an OSError that occurs inside, while `path` is written."""
+def writing(path: Path | str) -> Iterator[None]:
+    """Inside, where `path` is written, an OSError becomes a UserError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -60,7 +31,7 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = f"{path}.tmp"
     try:
-        with told(path):
+        with writing(path):
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
@@ -82,98 +53,3 @@ def one_at_a_time(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path, fallback_to_soft=False))
         yield
-
-
-def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLock, Path | None]:
-    """Lock the files `path`.* of a run; return the lock, and the checkpoint to go on from, if any.
-
-    need: bytes that checkpoints take. Raises UserError if another process has the run, if an
-    earlier run's files would be lost, or if there is no room for new ones.
-    """
-    if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
-        raise UserError(f"the log's name is too long for a file, use fewer flags: {path.name}")
-    # A soft lock, filelock's way out, would outlive a killed process.
-    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
-    with told(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:  # an OSError too
-            raise UserError(f"another process is running {path}") from None
-    log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
-    there = [file for file in (log, checkpoint) if file.exists()]
-    if there and not (resume or overwrite):
-        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
-    if there == [log] and resume:
-        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
-    need -= checkpoint.stat().st_size if checkpoint in there else 0
-    disk = shutil.disk_usage(path.parent)
-    if disk.free < need and disk.total:  # some file systems do not tell
-        raise UserError(f"{path} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
-    return lock, checkpoint if resume and checkpoint in there else None
-
-
-def load_checkpoint(path: Path, experiment: dict) -> dict:
-    """What torch.save wrote, without running code.
-
-    Raises UserError if the file is damaged or unreadable, or if its "experiment" is another one.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load compares no checksum
-            if file.testzip():
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # torch names no common class for a file that is no checkpoint
-        raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
-    for key, value in experiment.items():
-        if (old := state.get("experiment", {}).get(key)) != value:
-            raise UserError(f"{path} is of another run or version: {key} was {old}, is {value}")
-    return state
-
-
-def versions() -> str:
-    """The versions of Python, of the packages and of this project that a result depends on."""
-    packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-    found = [f"python {platform.python_version()}"]
-    found += [f"{name} {version(name)}" for name in packages]
-    with contextlib.suppress(OSError):  # no git
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        found.append(f"commit {commit or '?'}")
-    return ", ".join(found)
-
-
-class Journal:
-    """NAME.log and TensorBoard's file of the run `path`; errors in writing are the user's."""
-
-    def __init__(self, path: Path, tensorboard: bool, anew: bool) -> None:
-        self.log, self.events, folder = Path(f"{path}.log"), None, path.parent / "tb" / path.name
-        with told(path.parent):
-            if anew:
-                self.log.unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
-            if tensorboard:
-                # tensorboardX's SummaryWriter would wait for ever once the disk is full.
-                folder.mkdir(parents=True, exist_ok=True)
-                self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # it was never opened; the disk is full
-            self.events.close()
-
-    def note(self, line: str) -> None:
-        """A line for NAME.log; the first one, the header, for TensorBoard as well."""
-        with told(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
-            if not file.tell():
-                self.record("text", "header", line)
-            file.write(f"{line}\n")
-
-    def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
-        """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
-        if self.events:
-            content = getattr(summary, kind)(name, value)
-            with told(self.log.parent):
-                self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
-                self.events.flush()

@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
-from . import images
-from .files import UserError, one_at_a_time, tell
-from .sources import Raw
+from errors import UserError, tell
+
+from . import decoding
+from .files import one_at_a_time
+from .raw import Raw
 
 
 def load(data_dir: Path, size: int = 64) -> Raw:
@@ -34,7 +36,9 @@ def load(data_dir: Path, size: int = 64) -> Raw:
         raise UserError(f"{data_dir} needs images in train/CLASS/ and test/CLASS/, or labels.csv")
     if others := len(files) - len(train) - len(test):
         tell(f"note: {others} images in {data_dir} are in no train/CLASS/ or test/CLASS/")
-    return images.labeled(read(data_dir, {name: files[name] for name in train + test}, size))
+    return decoding.by_class_folder(
+        read(data_dir, {name: files[name] for name in train + test}, size)
+    )
 
 
 def list_images(data_dir: Path) -> dict[str, int]:
@@ -42,8 +46,8 @@ def list_images(data_dir: Path) -> dict[str, int]:
 
     Other files are ignored, and counted in a note. Raises OSError.
     """
-    found = images.walk(data_dir)
-    names = images.pictures(found)
+    found = decoding.walk(data_dir)
+    names = decoding.pictures(found)
     others = sum(not name.endswith(".csv") for name in found) - len(names)  # sheets are read
     if others:
         tell(f"note: {others} files in {data_dir} are no images: ignored")
@@ -52,7 +56,7 @@ def list_images(data_dir: Path) -> dict[str, int]:
 
 def read(
     data_dir: Path, files: dict[str, int], size: int, leave_out: bool = False
-) -> images.Decoded:
+) -> decoding.Decoded:
     """Decode these files, or map the cache if an earlier start has decoded the same ones.
 
     Raises UserError that names broken images; with leave_out, returns all but those.
@@ -65,7 +69,7 @@ def read(
         return (data_dir / name).read_bytes()
 
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
-        return images.decode(cache, files, content, fit, size, leave_out)
+        return decoding.decode(cache, files, content, fit, size, leave_out)
 
 
 def log_name(data_dir: Path) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .files import UserError
+from errors import UserError
 
 
 class Split(NamedTuple):

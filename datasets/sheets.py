@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from .files import UserError, write_whole
+from errors import UserError
+
+from .files import write_whole
 
 START, TEST = "labels.csv", "test.csv"
 UNKNOWN, SKIP = "unknown", "skip"

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import images
-from .files import UserError, one_at_a_time
-from .sources import Published, Raw, read_source
+from errors import UserError
+
+from . import decoding
+from .archives import Published, read_published
+from .files import one_at_a_time
+from .raw import Raw
 
 SIZE = 64  # pixels, height and width of every image
 ANNOTATIONS = "val/val_annotations.txt"  # lines of: image, class, box
@@ -37,15 +40,17 @@ def load(data_dir: Path) -> Raw:
     """
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
-        return images.labeled(read_source(data_dir, PUBLISHED, partial(_read, cache), cache))
+        return decoding.by_class_folder(
+            read_published(data_dir, PUBLISHED, partial(_read, cache), cache)
+        )
 
 
-def _read(cache: Path, source: Path) -> images.Decoded:
+def _read(cache: Path, source: Path) -> decoding.Decoded:
     """Return the images of a source: a folder or an archive with train/ and val/, or the cache."""
     if source == cache:
-        return images.cached(cache)
+        return decoding.cached(cache)
     if source.is_dir():
-        return _decode(cache, images.walk(source), lambda name: (source / name).read_bytes())
+        return _decode(cache, decoding.walk(source), lambda name: (source / name).read_bytes())
     with zipfile.ZipFile(source) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
         tops = [name.partition("train/")[0] for name in sizes if "train/" in name]
@@ -54,13 +59,13 @@ def _read(cache: Path, source: Path) -> images.Decoded:
         return _decode(cache, files, lambda name: archive.read(top + name))
 
 
-def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) -> images.Decoded:
+def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) -> decoding.Decoded:
     """Decode the images among `files`, name -> bytes, as train/CLASS/IMAGE and val/CLASS/IMAGE.
 
     read gives the content of a file. Training images are ordered by class, and all by the numbers
     in their names. Raises UserError if there are none of a kind, or if one has no known class.
     """
-    names = [name for name in images.pictures(files) if name.startswith(("train/", "val/"))]
+    names = [name for name in decoding.pictures(files) if name.startswith(("train/", "val/"))]
     classes = {name.split("/")[1] for name in names if re.match("train/.*/", name)}
     annotated = {}
     if ANNOTATIONS in files:
@@ -84,4 +89,4 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
 
     sizes = {place: files[found[place]] for place in sorted(found, key=order)}
     to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
-    return images.decode(cache, sizes, lambda place: read(found[place]), to_rgb, SIZE)
+    return decoding.decode(cache, sizes, lambda place: read(found[place]), to_rgb, SIZE)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datasets.files import UserError
+from errors import UserError
 
 # torchrun notices a crashed process at once; the timeout matters only if a whole machine
 # disappears. It must be longer than whatever the others wait for: k-means over a million images.
@@ -20,10 +20,6 @@ TIMEOUT = timedelta(hours=2)
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-
-
-class Stopped(Exception):
-    """Raised after an epoch if a signal (the argument) asked to stop; the checkpoint is written."""
 
 
 @contextlib.contextmanager

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import augment
-from datasets.augment import Images
-from datasets.files import UserError
+from errors import UserError
 
-from . import parallel
+from . import augment, parallel
+from .augment import Images
 from .resnet import ResNet, fold_batchnorm
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp

@@ -37,7 +37,7 @@ import AL_center_temperature
 import models
 import utils
 from datasets import DATASETS, augment
-from datasets.sources import Raw
+from datasets.raw import Raw
 from models import parallel, training
 from query_strategies import STRATEGIES, PoolOutputs, select
 

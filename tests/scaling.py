@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 import models
 import utils
-from datasets import augment
-from models import parallel
+from models import augment, parallel
 
 IMAGES = 2048  # predicted per turn, 32x32, with resnet20 and 20 + 1 classes
 TURNS = 7

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from datasets import augment
+from models import augment
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 

@@ -23,7 +23,7 @@ import AL_center_temperature
 import datasets
 import models
 import utils
-from datasets.files import UserError
+from errors import UserError
 from models import parallel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from trees import ROOT, write_folder, write_zip
 
 import datasets
 from datasets import DATASETS, digits, folder, tiny_imagenet
-from datasets.files import UserError
+from errors import UserError
 
 pytestmark = [  # a file left open is an error
     pytest.mark.filterwarnings("error::ResourceWarning"),

@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
-from datasets import augment
-from datasets.files import UserError
-from models import training
+from errors import UserError
+from models import augment, training
 from models.resnet import NETWORKS, fold_batchnorm
 from utils import generator
 

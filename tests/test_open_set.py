@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import datasets
 from datasets import digits, open_set
-from datasets.files import UserError
+from errors import UserError
 
 
 def seeded(seed):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import sheets
-from datasets.files import UserError
+from errors import UserError
 
 LATIN = ["a", "b", "7", " ", ",", ";", '"', "'", "é", "ñ", "ß"]  # what cp1252 can write
 QUERY = "file predicted probability label"

@@ -17,8 +17,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, tell, write_whole
-from .sources import Raw
+from errors import UserError, tell
+
+from .files import write_whole
+from .raw import Raw
 
 
 class Decoded(NamedTuple):
@@ -53,7 +55,7 @@ def pictures(names: Iterable[str]) -> list[str]:
     return sorted(x for x in names if x.lower().endswith(endings) and "/." not in f"/{x}")
 
 
-def labeled(decoded: Decoded) -> Raw:
+def by_class_folder(decoded: Decoded) -> Raw:
     """Read parts and labels off the names: train/CLASS/... first, then those of the test images."""
     parts = [name.split("/") for name in decoded.files]
     count = sum(part == "train" for part, *_ in parts)

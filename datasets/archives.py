@@ -1,4 +1,4 @@
-"""What the loaders share: the form of their result, and the way to the files of a data set.
+"""Data sets that their authors publish as archives: found, downloaded and read.
 
 Nothing that a user put into a data folder is ever changed or deleted.
 """
@@ -11,25 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torchvision.datasets import utils
 
-from .files import UserError, one_at_a_time, tell
+from errors import UserError, tell
+
+from .files import one_at_a_time
 
 # What reading a broken archive, file or text raises; UserError is raised by our own checks.
 _FAULTS = (UserError, OSError, EOFError, RuntimeError, ValueError)
 _FAULTS += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
-
-
-class Raw(NamedTuple):
-    """A data set as a loader returns it. Labels are positions in `classes`."""
-
-    train: np.ndarray  # (N, H, W, 3) uint8
-    train_labels: np.ndarray  # (N,) int64
-    test: np.ndarray  # (M, H, W, 3) uint8
-    test_labels: np.ndarray  # (M,) int64
-    classes: tuple[str, ...]
-    names: tuple[str, ...] = ()  # of the N + M image files, if there are such
 
 
 class Published(NamedTuple):
@@ -41,7 +31,9 @@ class Published(NamedTuple):
     marker: str  # a file or folder in it, by which data_dir itself is recognised
 
 
-def read_source(data_dir: Path, data: Published, read: Callable, cache: Path | None = None) -> Any:
+def read_published(
+    data_dir: Path, data: Published, read: Callable, cache: Path | None = None
+) -> Any:
     """Return what `read`, given a path, makes of the files of a data set.
 
     These places are tried in turn: the data set's folder below data_dir, the archive in data_dir,
