@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = 1 << 16  # images at a time
 
@@ -24,6 +24,12 @@ class PoolOutputs(NamedTuple):
     labeled_features: Tensor | None = None  # (m, F) float32
     labeled_logits: Tensor | None = None  # (m, C) float32
     labeled_targets: Tensor | None = None  # (m,) int64, 0..K-1
+    invalid_features: Tensor | None = None  # (u, F) float32, one row per entry of Split.invalid
+    classifier_logits: Tensor | None = None  # (n, K) float32, of the classifier on the pool
+    precisions: tuple[float, ...] | None = None  # of the earlier rounds' queries, in [0, 1]
+    objective: nn.Module | None = (
+        None  # the method's own, as the querying network's training left it
+    )
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:
