@@ -17,8 +17,7 @@ def main() -> None:
         accuracy = run.evaluate(classifier)
 
         # Query: the images of the pool that the strategy chooses.
-        outputs = run.predict(classifier, split)
-        queried = split.pool[run.select(outputs)]
+        queried = run.query(split, classifier)
 
         # The oracle: known images become labeled.
         run.end_round(accuracy, queried)

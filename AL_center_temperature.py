@@ -28,8 +28,7 @@ def main() -> None:
         accuracy = run.evaluate(classifier)
 
         # Active sampling: the images of the pool that are most probably known.
-        outputs = run.predict(detector, split)
-        queried = split.pool[run.select(outputs)]
+        queried = run.query(split, detector, classifier)
 
         # The oracle: known images become labeled, unknown ones invalid.
         run.end_round(accuracy, queried)

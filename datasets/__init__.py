@@ -71,6 +71,15 @@ DATASETS = {
 }
 
 
+class Known(NamedTuple):
+    """Which classes are known: those of `names`, or else the first `count` of an order."""
+
+    count: int | None = None  # None: the default of the data set, of a folder half of its classes
+    names: list[str] | None = None
+    seed: int | None = None  # shuffles the data set's own order, the published one
+    order: str | None = None  # or class ids of a protocol; classes that it leaves out come last
+
+
 class OpenSetData(NamedTuple):
     """A data set on the device, with its classes renumbered: known 0..K-1, all unknown K."""
 
@@ -94,20 +103,17 @@ def create(
     name: str,
     data_dir: Path,
     device: torch.device,
-    known_class: int | None = None,
-    class_seed: int | None = None,
-    known: list[str] | None = None,
+    which: Known | None = None,
     image_size: int | None = None,
+    rotation: bool = True,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
-    `known` names the known classes. Without it they are the first `known_class` (None: the default
-    of the data set, of a folder half of its classes) in the data set's own order, as published,
-    or after shuffling all classes with class_seed. image_size is that of the images of a folder,
-    64 by default. Raises UserError if the data cannot be had, or if a run would lack an unknown
+    image_size is that of the images of a folder, 64 by default. rotation: whether augmentation
+    rotates images. Raises UserError if the data cannot be had, or if a run would lack an unknown
     class or images of a known one.
     """
-    dataset, own = DATASETS[name], name == "folder"
+    dataset, own, which = DATASETS[name], name == "folder", which or Known()
     if image_size and not own:
         raise UserError("--image-size works only with --dataset folder")
     size, more = {"size": image_size or 64} if own else {}, {}
@@ -117,38 +123,53 @@ def create(
             K, identity = len(raw.classes), str(data_dir.resolve())
         else:
             raw = dataset.load(data_dir, **size)
-            known_class = known_class or dataset.defaults.get("known_class")
-            raw, K, identity = _renumbered(raw, known_class, class_seed, known, own)
+            which = which._replace(count=which.count or dataset.defaults.get("known_class"))
+            raw, K, identity = _renumbered(raw, which, own)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     name = folder.log_name(data_dir) if own else name
     padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
-    style = dataset.mean, dataset.std, padding, dataset.flip, device
+    degrees = augment.DEGREES if rotation else 0
+    style = dataset.mean, dataset.std, padding, dataset.flip, degrees, device
     train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
-    sets = train, targets.to(device), targets < K, test, test_targets.to(device)
-    return OpenSetData(name, *sets, raw.classes, K, identity, **more)
+    return OpenSetData(
+        name=name,
+        train=train,
+        targets=targets.to(device),
+        known=targets < K,
+        test=test,
+        test_targets=test_targets.to(device),
+        classes=raw.classes,
+        num_known=K,
+        identity=identity,
+        **more,
+    )
 
 
-def _renumbered(
-    raw: Raw, known_class: int | None, class_seed: int | None, known: list[str] | None, own: bool
-) -> tuple[Raw, int, str]:
+def _renumbered(raw: Raw, which: Known, own: bool) -> tuple[Raw, int, str]:
     """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
 
     own: whether other data may have the same name. Returns also K and the identity. Raises
     UserError if a known class lacks images, or if no training image is unknown.
     """
     count = len(raw.classes)
-    order, K = np.arange(count), known_class or count // 2
-    if known is not None:
-        for name in set(known) - set(raw.classes):
+    order, K = np.arange(count), which.count or count // 2
+    if which.names is not None:
+        for name in set(which.names) - set(raw.classes):
             raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
-        order, K = np.argsort(~np.isin(raw.classes, known), kind="stable"), len(set(known))
-    elif class_seed is not None:
-        order = np.random.default_rng(class_seed).permutation(count)
+        order = np.argsort(~np.isin(raw.classes, which.names), kind="stable")
+        K = len(set(which.names))
+    elif which.seed is not None:
+        order = np.random.default_rng(which.seed).permutation(count)
+    elif which.order:
+        first = np.array(which.order.split(), np.int64)
+        if len(first) < min(K, count):
+            raise UserError(f"--known-class {K}: the protocol lists {len(first)} known classes")
+        order = np.concatenate([first, np.setdiff1d(order, first)])
     if not 0 < K < count:
-        flag = f"--known-class {K}" if known is None else f"--known {','.join(known)}"
+        flag = f"--known-class {K}" if which.names is None else f"--known {','.join(which.names)}"
         what = f"the data has {count} classes, of which at least one must be unknown"
         raise UserError(f"{flag}: {what}: choose 1 to {count - 1}")
     classes = tuple(raw.classes[label] for label in order)
@@ -165,5 +186,10 @@ def _renumbered(
         for content in ("/".join(raw.names).encode(), raw.train, raw.test):
             identity.update(content)
     tested = test_targets < K
-    sets = raw.train, targets, raw.test[tested], test_targets[tested]
-    return Raw(*sets, classes), K, identity.hexdigest()[:16]
+    raw = raw._replace(
+        train_labels=targets,
+        test=raw.test[tested],
+        test_labels=test_targets[tested],
+        classes=classes,
+    )
+    return raw, K, identity.hexdigest()[:16]

@@ -2,10 +2,13 @@
 
 import torch
 
+from .network import Network
+from .objective import CenterLoss, Objective
 from .resnet import NETWORKS, ResNet
-from .training import AMP, dropout_masks, evaluate, predict, train
+from .training import AMP, Settings, dropout_masks, evaluate, predict, train
 
-__all__ = ["AMP", "NETWORKS", "ResNet", "create", "dropout_masks", "evaluate", "predict", "train"]
+__all__ = ["AMP", "NETWORKS", "CenterLoss", "Network", "Objective", "ResNet", "Settings", "create"]
+__all__ += ["dropout_masks", "evaluate", "predict", "train"]
 
 
 def create(
@@ -15,10 +18,10 @@ def create(
     generator: torch.Generator,
     device: torch.device,
     dropout: float = 0.0,
-) -> ResNet:
+) -> Network:
     """A new network with PyTorch's default initialisation, drawn on the CPU from `generator`.
 
-    name: one of NETWORKS; feat_dim, dropout: see ResNet. channels_last on the device.
+    name: one of NETWORKS; feat_dim, dropout: see Network. channels_last on the device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
