@@ -68,13 +68,10 @@ def train(
     """
     count, parts = len(indices), _parts(network, objective, settings, targets.device)
     optimizers = [part for name, part in parts.items() if name.startswith("optimizer")]
-    first = 0
-    if state is not None:
-        first = state["epoch"]
-        for name in parts.keys() & state.keys():
-            parts[name].load_state_dict(state[name])
+    state = state or {"epoch": 0}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
     module = parallel.distributed(network)
-    weights = [*network.parameters(), *objective.parameters()]
 
     def features_of(images: Tensor) -> Tensor:
         return predict(network, inputs, images, ("features",), settings)["features"]
@@ -83,7 +80,8 @@ def train(
         return {"epoch": epoch + 1} | {name: part.state_dict() for name, part in parts.items()}
 
     network.train()
-    bar = _bar("train", range(first, settings.max_epoch), initial=first, total=settings.max_epoch)
+    first, last = state["epoch"], settings.max_epoch
+    bar = _bar("train", range(first, last), initial=first, total=last)
     for epoch in bar:
         objective.before_epoch(features_of)
         draws = generator("epoch", epoch)
@@ -104,8 +102,7 @@ def train(
             loss_sum += loss.detach() * size
         parallel.average([loss_sum])
         mean_loss = float(loss_sum) / count
-        finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
-        if not (math.isfinite(mean_loss) and finite):
+        if not (math.isfinite(mean_loss) and _finite(network) and _finite(objective)):
             raise UserError(f"training diverged in epoch {epoch + 1}: lower --lr-model")
         parts["scheduler"].step()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
@@ -150,6 +147,12 @@ def _batches(
         end = min(begin + batch_size, count)
         share, weight = parallel.share(begin, end)
         yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether no parameter is NaN or infinite, with one wait for the device."""
+    found = [parameter.isfinite().all() for parameter in module.parameters()]
+    return not found or bool(torch.stack(found).all())
 
 
 def _outputs(network: nn.Module, batch: Tensor, amp: str) -> tuple[Tensor, Tensor]:
