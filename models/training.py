@@ -74,7 +74,8 @@ def train(
     module = parallel.distributed(network)
 
     def features_of(images: Tensor) -> Tensor:
-        return predict(network, inputs, images, ("features",), settings)["features"]
+        found = predict(network, inputs, images, ("features",), settings)["features"]
+        return found.clone()  # gradients may be computed with it
 
     def snapshot() -> dict:
         return {"epoch": epoch + 1} | {name: part.state_dict() for name, part in parts.items()}
@@ -92,13 +93,7 @@ def train(
             forward = _compiled(_outputs, batch.device.type) if compiled else _outputs
             features, logits = forward(module, batch, settings.amp)
             loss = objective(Batch(index, features, logits, targets[index])) * weight
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            parts["scaler"].scale(loss).backward()
-            parallel.average([parameter.grad for parameter in objective.parameters()])
-            for optimizer in optimizers:
-                parts["scaler"].step(optimizer)
-            parts["scaler"].update()
+            _step(loss, optimizers, parts["scaler"], objective)
             loss_sum += loss.detach() * size
         parallel.average([loss_sum])
         mean_loss = float(loss_sum) / count
@@ -147,6 +142,22 @@ def _batches(
         end = min(begin + batch_size, count)
         share, weight = parallel.share(begin, end)
         yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
+
+
+def _step(
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    objective: Objective,
+) -> None:
+    """Move all parameters; DistributedDataParallel averages the gradients of the network's."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    parallel.average([parameter.grad for parameter in objective.parameters()])
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
 
 
 def _finite(module: nn.Module) -> bool:
