@@ -38,8 +38,7 @@ def pool(seed, size=SIZE, known=KNOWN, classes=None, labeled=30):
         logits=logits,
         mc_logits=3 * torch.randn(MASKS, size, classes, generator=draws),
         labeled_features=torch.randn(labeled, FEATURES, generator=draws),
-        labeled_logits=torch.randn(labeled, classes, generator=draws)
-        + 3 * one_hot(targets, classes),
+        labeled_logits=labeled_logits,
         labeled_targets=targets,
         invalid_features=torch.randn(6, FEATURES, generator=draws),
         classifier_logits=logits[:, :known] + torch.randn(size, known, generator=draws),
