@@ -4,9 +4,9 @@
     python plot.py --log-dir results           # all logs in the folders below results
     python plot.py --compare results/digits    # our curves, and dotted those of results/digits
 
-Values are means over the seeds; bands and the numbers after "±" are one sample standard deviation
-(ddof = 1). Several numbers of known classes are also drawn side by side. Needs only NumPy and
-Matplotlib. Code inside a log is never run.
+Each measure becomes a PNG; different numbers of known classes also get one that shows them side by
+side. Lines and tables show means over the seeds; bands and the numbers after "±" are one sample
+standard deviation (ddof = 1). Needs only NumPy and Matplotlib. Code inside a log is never run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-if "ipykernel" not in sys.modules:  # a notebook's backend may be missing outside of it
+if "IPython" not in sys.modules:  # a notebook's backend may be missing outside of it
     os.environ["MPLBACKEND"] = "agg"
 import matplotlib.figure
 import numpy as np
@@ -31,9 +31,9 @@ MEASURES = {  # in the file name -> key in the log, axis label, decimals in the 
     "accuracy": ("Acc", "Classification Accuracy (%)", 2),
 }
 LIMITS = {"Acc": 100, "Err": 100, "Precision": 1, "Recall": 1}  # key in the log -> largest value
-MAIN = "AV_temperature EOAL EAOA AV_based random uncertainty certainty Coreset BALD OpenMax".split()
 FOLDERS = {"cifar10": "cifar", "cifar100": "cifar"}  # of the figures; else dataset.lower()
-OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()
+MAIN = "AV_temperature EOAL EAOA AV_based random uncertainty certainty Coreset BALD OpenMax".split()
+OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()  # drawn thin
 COLOURS = "C3 C8 black C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
 STYLES = dict(zip(MAIN + OTHERS, zip(COLOURS, "oHps^DvPXp<>hd*", strict=True), strict=True))
 OWN_COLOURS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+1234"  # a user's
@@ -47,13 +47,13 @@ LOG_NAME = re.compile(
     r"(?:__(?P<settings>(?u:[\w.,+-])+))?\.pkl",
     re.ASCII,
 )
-DETECTOR_T = {"AV_temperature": "0.5", "EOAL": "0.5", "EAOA": "1.0"}  # in LfOSA's script alone
+DETECTOR_T = {"AV_temperature": "0.5", "EOAL": "0.5", "EAOA": "1.0"}  # of LfOSA's script alone
 
 Log = dict[str, dict[int, float]]  # key of LIMITS -> round -> value
 
 
 class Run(NamedTuple):
-    """What a log's file name says. Figures side by side share the first four, a figure five."""
+    """What a log's file name says. One figure shares five fields, those side by side four."""
 
     dataset: str
     init: str  # percent of the known images; like batch and known empty with an annotator
@@ -84,11 +84,11 @@ def parse_name(name: str) -> Run:
     if not (match := LOG_NAME.fullmatch(name)):
         raise ValueError("its name is not that of a log")
     part = match.groupdict("")
-    T = DETECTOR_T.get(part["strategy"])
-    published = (f"unknown_T{T or 0.5}", f"known_T{T or 0.5}", "modelB_T1.0")
+    own_T = DETECTOR_T.get(part["strategy"])
+    published = (f"unknown_T{own_T or 0.5}", f"known_T{own_T or 0.5}", "modelB_T1.0")
     # older published logs lack modelB_T: their classifier had no temperature yet
     temperatures = re.findall(r"[a-zA-Z]+_T[^_]+", part["temperatures"])
-    traits = ["LfOSA script"] if part["lfosa"] and not T else []
+    traits = ["LfOSA script"] if part["lfosa"] and not own_T else []
     traits += [text.replace("_", "-") for text in temperatures if text not in published]
     traits += filter(None, part["settings"].split("_"))
     given = {key: part[key] for key in Run._fields if key in part}
@@ -125,7 +125,7 @@ def load_log(path: Path) -> Log:
             content = PlainUnpickler(file).load()
         log = {key: dict(content[key]) for key in LIMITS}
     except Exception as error:  # damaged bytes raise nearly every class there is
-        raise ValueError(f"not a sound log ({error!r:.200})") from None
+        raise ValueError(f"cannot be read as a log ({error!r:.200})") from None
     for key, limit in LIMITS.items():  # float32 may exceed it slightly
         for q, value in log[key].items():
             number = isinstance(q, int) and isinstance(value, int | float)
@@ -249,7 +249,7 @@ def use_fonts(text: str) -> None:
 
 
 def draw_family(runs: dict[Run, Log], styles: dict, folder: Path, with_batch: bool) -> list[str]:
-    """Draw runs of one data set, init, batch and network; the lines of their tables."""
+    """Draw runs of one data set, init, batch and network. Returns the lines of their tables."""
     dataset, init, batch, model = next(iter(runs))[:4]
     common = [t for t in next(iter(runs)).traits if all(t in run.traits for run in runs)]
     curves = make_curves(runs, styles, common)
@@ -262,7 +262,7 @@ def draw_family(runs: dict[Run, Log], styles: dict, folder: Path, with_batch: bo
     folder.mkdir(parents=True, exist_ok=True)
     for known, (above, panels) in figures.items():
         stem = f"{dataset}_{model}" + (f"_init{init}_known{known}" if known else "")
-        stem += f"_batch{batch}" if with_batch else ""
+        stem += f"_batch{batch}" if with_batch else ""  # else figures would share a name
         for measure in MEASURES:
             if any(curve.values[measure][0] for panel in panels.values() for curve in panel):
                 path = folder / f"{stem}_{measure}.png"
@@ -275,11 +275,11 @@ def main(argv: list[str] | None = None) -> None:
     """Draw and print everything; SystemExit with status 2 if the user has to change something."""
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add, folder = parser.add_argument, {"metavar": "DIR", "type": os.path.expanduser}
-    add("--log-dir", nargs="+", default=["log_AL"], help="with logs (default: log_AL)", **folder)
-    add("--out-dir", default="gifs", help="for figures (default: gifs)", **folder)
+    add, kind = parser.add_argument, {"metavar": "DIR", "type": os.path.expanduser}
+    add("--log-dir", nargs="+", default=["log_AL"], help="with the logs (default: log_AL)", **kind)
+    add("--out-dir", default="gifs", help="for the figures (default: gifs)", **kind)
     text = "with logs of the same setting and network, drawn dotted into our figures"
-    add("--compare", help=text, **folder)
+    add("--compare", help=text, **kind)
     args = parser.parse_args(argv)
     matplotlib.rcdefaults()  # the figures are the same whatever a user's matplotlibrc says
     matplotlib.rcParams["text.parse_math"] = False  # a "$" in a folder's name is no formula
@@ -289,10 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare:
         figures = {run[:5] for run in logs}
         compared = read_logs([args.compare], str(Path(*Path(args.compare).parts[-2:])))
-        compared = {run: log for run, log in compared.items() if run[:5] in figures}
-        if not compared:
+        if compared and figures.isdisjoint(run[:5] for run in compared):
             tell(f"--compare: {args.compare} has no log of the same setting and network")
-        logs |= compared
+        logs |= {run: log for run, log in compared.items() if run[:5] in figures}
     use_fonts("".join(run.dataset + run.folder + "".join(run.traits) for run in logs))
     own = enumerate(sorted({run.strategy for run in logs} - STYLES.keys()))
     styles = STYLES | {name: (OWN_COLOURS[i % 5], OWN_MARKERS[i % 6]) for i, name in own}
