@@ -288,7 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)  # what is wrong has been said
     if args.compare:
         figures = {run[:5] for run in logs}
-        compared = read_logs([args.compare], str(Path(*Path(args.compare).parts[-2:])))
+        name = str(Path(*Path(args.compare).parts[-2:])).encode(errors="replace").decode()
+        compared = read_logs([args.compare], name)
         if compared and figures.isdisjoint(run[:5] for run in compared):
             tell(f"--compare: {args.compare} has no log of the same setting and network")
         logs |= {run: log for run, log in compared.items() if run[:5] in figures}
