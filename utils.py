@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import math
 import os
 import re
@@ -57,6 +58,11 @@ def folder(text: str) -> str:
         return str(Path(text).expanduser())
     except RuntimeError as error:
         raise ArgumentTypeError(f"{error} Give the whole path.") from None
+
+
+def listed(text: str) -> list[str]:
+    """argparse type: names between commas; a name with a comma stands in double quotes."""
+    return next(csv.reader([text]))
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -143,7 +149,6 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(experiment, "--augment-pool", "query through the training augmentation, as released")
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
-    listed = partial(str.split, sep=",")
     add(which, "--known", listed, "A,B", "names of the known classes instead")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
     add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")
@@ -193,7 +198,7 @@ def _settings(args: Namespace, shown: list[str]) -> str:
 
 def _show(value: object) -> str:
     if isinstance(value, list):
-        return re.sub(r"[^a-zA-Z0-9.,+-]", "-", ",".join(value))
+        return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
