@@ -91,12 +91,13 @@ class OpenSetData(NamedTuple):
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
     classes: tuple[str, ...]  # names, the K known ones first
     num_known: int  # K
-    identity: str  # a hash of the data, or the path of an annotator's folder
+    identity: str  # a hash of the data, or the name of an annotator's folder
     names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
     answers: str = ""  # hex digits that change with the answers or the pool
-    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of images that are not used
+    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
+    folder: Path | None = None  # where the annotator's sheets are
 
 
 def create(
@@ -106,12 +107,13 @@ def create(
     which: Known | None = None,
     image_size: int | None = None,
     rotation: bool = True,
+    sheet_encoding: str = "",
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
     image_size is that of the images of a folder, 64 by default. rotation: whether augmentation
-    rotates images. Raises UserError if the data cannot be had, or if a run would lack an unknown
-    class or images of a known one.
+    rotates images. sheet_encoding: see sheets.read. Raises UserError if the data cannot be had,
+    or if a run would lack an unknown class or images of a known one.
     """
     dataset, own, which = DATASETS[name], name == "folder", which or Known()
     if image_size and not own:
@@ -119,20 +121,24 @@ def create(
     size, more = {"size": image_size or 64} if own else {}, {}
     try:
         if own and (data_dir / "labels.csv").is_file():
-            raw, more = annotator.load(data_dir, **size)
-            K, identity = len(raw.classes), str(data_dir.resolve())
+            raw, more = annotator.load(data_dir, **size, sheet_encoding=sheet_encoding)
+            K, name = len(raw.classes), annotator.name(data_dir)
+            identity = name
         else:
             raw = dataset.load(data_dir, **size)
             which = which._replace(count=which.count or dataset.defaults.get("known_class"))
-            raw, K, identity = _renumbered(raw, which, own)
+            name = folder.log_name(data_dir, raw.digest[:8]) if own else name
+            raw, K, identity = _renumbered(raw, which)
+        padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
+        degrees = augment.DEGREES if rotation else 0
+        style = dataset.mean, dataset.std, padding, dataset.flip, degrees, device
+        train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
-    name = folder.log_name(data_dir) if own else name
-    padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
-    degrees = augment.DEGREES if rotation else 0
-    style = dataset.mean, dataset.std, padding, dataset.flip, degrees, device
-    train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        smaller = " or lower --image-size" if own else ""
+        raise UserError(f"the images do not fit into memory: free some{smaller}") from error
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
     return OpenSetData(
         name=name,
@@ -148,15 +154,16 @@ def create(
     )
 
 
-def _renumbered(raw: Raw, which: Known, own: bool) -> tuple[Raw, int, str]:
+def _renumbered(raw: Raw, which: Known) -> tuple[Raw, int, str]:
     """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
 
-    own: whether other data may have the same name. Returns also K and the identity. Raises
-    UserError if a known class lacks images, or if no training image is unknown.
+    Returns also K and the identity. Raises UserError if a known class lacks images, or if no
+    training image is unknown.
     """
     count = len(raw.classes)
     order, K = np.arange(count), which.count or count // 2
     if which.names is not None:
+        which = which._replace(names=folder.class_names(which.names, raw.classes))
         for name in set(which.names) - set(raw.classes):
             raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
         order = np.argsort(~np.isin(raw.classes, which.names), kind="stable")
@@ -181,10 +188,7 @@ def _renumbered(raw: Raw, which: Known, own: bool) -> tuple[Raw, int, str]:
     if targets.max() < K:
         raise UserError("there is no training image of an unknown class")
     targets = np.minimum(targets, K)
-    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes())
-    if own:
-        for content in ("/".join(raw.names).encode(), raw.train, raw.test):
-            identity.update(content)
+    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes() + raw.digest.encode())
     tested = test_targets < K
     raw = raw._replace(
         train_labels=targets,

@@ -14,3 +14,4 @@ class Raw(NamedTuple):
     test_labels: np.ndarray  # (M,) int64
     classes: tuple[str, ...]
     names: tuple[str, ...] = ()  # of the N + M image files, if there are such
+    digest: str = ""  # hex digits that change with the names and contents of these files
