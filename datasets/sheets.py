@@ -106,24 +106,30 @@ def write_sheet(path: Path | str, columns: str, rows: Iterable[tuple[str, str, f
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 
 
-def _rows(sheet: str, content: bytes) -> list[dict[str, str]]:
-    """The rows below the header: folded name of a column -> cell. A row may end early."""
+def table(sheet: str, content: bytes) -> list[list[str]]:
+    """The cells of a sheet, row by row, the header first."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
     separator = max(",;", key=text.partition("\n")[0].count)
-    table = []
+    rows = []
     try:
-        table.extend(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
-    except csv.Error as error:  # the rows before it are in the table
-        raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
-    header = [_fold(cell) for cell in table[0]] if table else []
+        rows.extend(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+    except csv.Error as error:  # the rows before it are in the list
+        raise UserError(f"{sheet}, row {len(rows) + 1}: quotes are misplaced ({error})") from error
+    return rows or [[]]
+
+
+def _rows(sheet: str, content: bytes) -> list[dict[str, str]]:
+    """The rows below the header: folded name of a column -> cell. A row may end early."""
+    header, *rows = table(sheet, content)
+    header = [_fold(cell) for cell in header]
     if not header.count("file") == header.count("label") == 1:
         raise UserError(
             f"{sheet}, row 1: name one column file and one column label, with , or ; between"
         )
-    return [dict(zip(header, cells, strict=False)) for cells in table[1:]]
+    return [dict(zip(header, cells, strict=False)) for cells in rows]
 
 
 def _plain(file: str) -> str:

@@ -127,7 +127,7 @@ class Run:
         dropout = settings.dropout if queried and "mc_logits" in reads else 0.0
         draws = partial(self.generator, name)
         made = self.args.model, outputs, settings.feat_dim, draws("init"), self.device, dropout
-        network = models.create(*made)
+        network = models.create(*made, self.data.train.dimension)
         objective = Objective(temperature)
         if queried and hasattr(self.strategy, "objective"):
             invalid = self.split.invalid
@@ -253,7 +253,8 @@ class Run:
     def _open(self) -> dict | None:
         """Claim the files NAME.*; return the state in the checkpoint to go on from, if any."""
         with torch.device("meta"):  # sizes without the memory
-            network = models.ResNet(self.args.model, self.data.num_known + 1, self.args.feat_dim)
+            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
+            network = models.build(*made, self.args.feat_dim, dropout=0)
         # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
         # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
         need = 2 * 12 + 8 * self.args.save_model

@@ -14,6 +14,7 @@ from errors import UserError
 
 from . import parallel
 from .augment import Images
+from .embeddings import Embeddings
 from .network import Network
 from .objective import Batch, Objective
 from .resnet import fold_batchnorm
@@ -49,7 +50,7 @@ PUBLISHED = Settings()
 def train(
     network: Network,
     objective: Objective,
-    inputs: Images,
+    inputs: Images | Embeddings,
     targets: Tensor,
     indices: Tensor,
     generator: Callable[..., torch.Generator],
@@ -133,7 +134,7 @@ def _parts(
 
 
 def _batches(
-    inputs: Images, indices: Tensor, batch_size: int, generator: torch.Generator
+    inputs: Images | Embeddings, indices: Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, int, float]]:
     """An epoch's batches in random order: index, network input, the whole batch's size, weight.
 
@@ -162,7 +163,7 @@ def _outputs(network: nn.Module, batch: Tensor, amp: str) -> tuple[Tensor, Tenso
 @torch.inference_mode()
 def predict(
     network: Network,
-    inputs: Images,
+    inputs: Images | Embeddings,
     indices: Tensor,
     fields: Sequence[str] = ("logits",),
     settings: Settings = PUBLISHED,
@@ -226,7 +227,7 @@ def dropout_masks(network: Network, samples: int, generator: torch.Generator) ->
 
 
 def evaluate(
-    network: Network, inputs: Images, targets: Tensor, settings: Settings = PUBLISHED
+    network: Network, inputs: Images | Embeddings, targets: Tensor, settings: Settings = PUBLISHED
 ) -> float:
     """Accuracy in percent on all of `inputs`, NaN without any; targets: (M,) int64."""
     if not len(targets):
