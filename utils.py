@@ -1,6 +1,7 @@
 """What both scripts share: arguments, errors, and how a run starts."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import joblib
 import torch
 import torch.distributed as dist
 
@@ -199,15 +201,16 @@ def _show(value: object) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; turn what the user can mend into one line and exit status 2.
+    """Run `main`; turn an error that the user can fix into one line and exit status 2.
 
     After a stop by a signal the exit status is 128 plus its number. A bug ends in a traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the script
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a traceback
+        with contextlib.suppress(AttributeError):  # a notebook's output shows every character
+            getattr(sys, name).reconfigure(errors="replace")
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a traceback
     status, error = 0, None
     try:
         main()
@@ -229,6 +232,8 @@ def run_script(main: Callable[[], None]) -> None:
             tell("another process has ended")  # torchrun tells which
         else:
             raise
+    finally:
+        signal.signal(signal.SIGINT, before)  # a notebook lives on
     if error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
     if dist.is_initialized() and status == 0:
@@ -242,6 +247,10 @@ def run_script(main: Callable[[], None]) -> None:
 def start(description: str, detector: bool) -> Run:
     """Parse the command line, read the data, and begin a run or go on from its checkpoint."""
     args = parse_arguments(description, detector)
+    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch does not see a container's quota
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
+    if parallel.launched() and hasattr(STRATEGIES[args.query_strategy], "objective"):
+        raise UserError(f"{args.query_strategy} runs in one process: leave out torchrun")
     device = parallel.setup_device(args)
     order = PROTOCOLS[args.protocol].class_order.get(args.dataset)
     known = datasets.Known(args.known_class, args.known, args.class_seed, order)

@@ -39,9 +39,11 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
     log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
     there = [file for file in (log, checkpoint) if file.exists()]
     if there and not (resume or overwrite):
-        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
+        raise UserError(f"{there[0]} exists: add --resume to go on, or --overwrite")
     if there == [log] and resume:
-        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
+        raise UserError(
+            f"{log} exists, but its checkpoint {checkpoint} is missing: move it elsewhere"
+        )
     need -= checkpoint.stat().st_size if checkpoint in there else 0
     disk = shutil.disk_usage(path.parent)
     if disk.free < need and disk.total:  # some file systems do not tell

@@ -25,7 +25,7 @@ from query_strategies import STRATEGIES, PoolOutputs, select
 from .files import Journal, claim, load_checkpoint, versions
 
 FORMAT = 4  # of the checkpoint; earlier ones had no objectives, and the first other rules for ties
-STATE = ("experiment", "answers", "round", "log", "queries", "networks")
+STATE = ("experiment", "threads", "answers", "round", "log", "queries", "networks")
 # Arguments that change the last bits of a result, and that a run's name does not tell.
 ROUNDING = ("eval_batch_size", "compile", "deterministic")
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
@@ -70,12 +70,16 @@ class Run:
         self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
-        self.answers = data.answers
+        self.answers, self.threads = data.answers, torch.get_num_threads()
         self.journal: Journal | None = None
         if state := parallel.from_rank0(self._open):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
+            if self.threads != (now := torch.get_num_threads()) and device.type == "cpu":
+                what = f"resumed with {now} threads instead of {self.threads}"
+                tell(f"note: {what}: the last bits differ, and so may later queries")
+                self.threads = now
 
     def first_split(self) -> open_set.Split:
         draws = generator(self.args.seed, "split")

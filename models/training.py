@@ -69,22 +69,21 @@ def train(
     """
     count, parts = len(indices), _parts(network, objective, settings, targets.device)
     optimizers = [part for name, part in parts.items() if name.startswith("optimizer")]
-    first = 0
-    if state is not None:
-        first = state["epoch"]
-        for name in parts.keys() & state.keys():
-            parts[name].load_state_dict(state[name])
+    state = state or {"epoch": 0}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
     module = parallel.distributed(network)
-    weights = [*network.parameters(), *objective.parameters()]
 
     def features_of(images: Tensor) -> Tensor:
-        return predict(network, inputs, images, ("features",), settings)["features"]
+        found = predict(network, inputs, images, ("features",), settings)["features"]
+        return found.clone()  # gradients may be computed with it
 
     def snapshot() -> dict:
         return {"epoch": epoch + 1} | {name: part.state_dict() for name, part in parts.items()}
 
     network.train()
-    bar = _bar("train", range(first, settings.max_epoch), initial=first, total=settings.max_epoch)
+    first, last = state["epoch"], settings.max_epoch
+    bar = _bar("train", range(first, last), initial=first, total=last)
     for epoch in bar:
         objective.before_epoch(features_of)
         draws = generator("epoch", epoch)
@@ -95,18 +94,11 @@ def train(
             forward = _compiled(_outputs, batch.device.type) if compiled else _outputs
             features, logits = forward(module, batch, settings.amp)
             loss = objective(Batch(index, features, logits, targets[index])) * weight
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            parts["scaler"].scale(loss).backward()
-            parallel.average([parameter.grad for parameter in objective.parameters()])
-            for optimizer in optimizers:
-                parts["scaler"].step(optimizer)
-            parts["scaler"].update()
+            _step(loss, optimizers, parts["scaler"], objective)
             loss_sum += loss.detach() * size
         parallel.average([loss_sum])
         mean_loss = float(loss_sum) / count
-        finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
-        if not (math.isfinite(mean_loss) and finite):
+        if not (math.isfinite(mean_loss) and _finite(network) and _finite(objective)):
             raise UserError(f"training diverged in epoch {epoch + 1}: lower --lr-model")
         parts["scheduler"].step()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
@@ -151,6 +143,28 @@ def _batches(
         end = min(begin + batch_size, count)
         share, weight = parallel.share(begin, end)
         yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
+
+
+def _step(
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    objective: Objective,
+) -> None:
+    """Move all parameters; DistributedDataParallel averages the gradients of the network's."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    parallel.average([parameter.grad for parameter in objective.parameters()])
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether no parameter is NaN or infinite, with one wait for the device."""
+    found = [parameter.isfinite().all() for parameter in module.parameters()]
+    return not found or bool(torch.stack(found).all())
 
 
 def _outputs(network: nn.Module, batch: Tensor, amp: str) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 def fit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each class's mean logits (K, K), and shape (K,) and scale (K,) of its Weibull distribution.
 
-    logits: (m, K), targets: (m,), of the labeled images. The rightly classified ones count. A class
+    logits: (m, K), targets: (m,), of the labeled images. Only the correctly classified ones count. A class
     with fewer than three distinct positive distances to its mean gets an infinite scale: no
     distance is far from it. All float64, on the CPU.
     """
