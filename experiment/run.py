@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import models
-from datasets import DATASETS, OpenSetData, open_set
+from datasets import OpenSetData, open_set
 from datasets.files import write_whole
 from errors import Stopped, tell
 from models import Network, Objective, parallel
@@ -68,6 +68,7 @@ class Run:
         self.saved = time.monotonic()
         self.path = Path(args.save_dir) / self.name()
         self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
+        self.experiment["weights"] = data.preprocessing.get("weights")  # of the encoder
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()
@@ -314,9 +315,8 @@ class Run:
 
     def _save_model(self) -> None:
         """Write NAME.model.pt: this round's networks, and what applying them needs."""
-        dataset = DATASETS[self.args.dataset]
         content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
-        content |= {"mean": dataset.mean, "std": dataset.std}
+        content |= self.data.preprocessing
         for name, state in self.networks.items():
             content |= {name: state["network"], f"{name}_objective": state["objective"]}
         write_whole(f"{self.path}.model.pt", partial(torch.save, content))

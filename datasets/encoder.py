@@ -1,0 +1,127 @@
+"""Embeddings of images: torchvision's classification networks without their last linear layer."""
+
+import contextlib
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from errors import UserError, tell
+from models.resnet import fold_batchnorm
+
+from . import embeddings
+from .files import one_at_a_time, write_whole
+
+BATCH = {"cpu": 32, "cuda": 256}  # images at a time
+
+
+def names() -> list[str]:
+    """The networks that `--encoder` knows."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+class Encoder:
+    """One of `names` with its default weights and their preprocessing; read once it is needed."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.weights = torchvision.models.get_model_weights(name).DEFAULT
+        self.transforms = self.weights.transforms()
+
+    def encode(self, images: np.ndarray, folder: Path, fitted: bool = False) -> np.ndarray:
+        """Embeddings (N, D) float16 of (N, H, W, 3) uint8 images, read from a file if there is one.
+
+        fitted: whether the images have been brought to size by `fit`. The file is kept in `folder`
+        if that can be written, and named after the encoder, its weights and the images. Raises
+        UserError if the weights cannot be had.
+        """
+        digest = hashlib.sha256(repr((images.shape, fitted)).encode())
+        digest.update(images)
+        name = f".lfosa-{self.name}-{self.weights.name}-{digest.hexdigest()[:16]}.npy"
+        if not folder.is_dir():
+            tell(f"note: there is no folder {folder}: the embeddings stay in memory")
+            return self.apply(images, fitted)
+        with one_at_a_time(folder / ".lfosa-encoder.lock"):
+            with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
+                return embeddings.vectors(folder / name, len(images), "the data")
+            found = self.apply(images, fitted)
+            try:
+                write_whole(folder / name, partial(np.save, arr=found))
+            except UserError as error:
+                tell(f"note: {error}: the embeddings stay in memory")
+        return found
+
+    @torch.inference_mode()
+    def apply(self, images: np.ndarray, fitted: bool) -> np.ndarray:
+        """Compute what `encode` returns.
+
+        In float32, on CUDA in TF32, whose 11 bits are those of the float16 that is kept; bfloat16
+        has 8.
+        """
+        network, dimension = self._network()
+        network = fold_batchnorm(network).to(self.device, memory_format=torch.channels_last)
+        found, size = np.empty((len(images), dimension), np.float16), BATCH[self.device.type]
+        with _tf32(self.device), tqdm(total=len(images), **_BAR) as bar:
+            for begin in range(0, len(images), size):
+                part = np.array(images[begin : begin + size])
+                batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
+                output = network(self._input(batch, fitted))
+                if output.shape != (len(part), dimension):
+                    raise UserError(f"--encoder {self.name}: its last layer is no linear one")
+                found[begin : begin + size] = output.half().cpu().numpy()
+                bar.update(len(part))
+        if not np.isfinite(found).all():
+            raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")
+        return found
+
+    def _input(self, batch: Tensor, fitted: bool) -> Tensor:
+        """The weights' own preprocessing of (B, 3, H, W) uint8 images, or what is left of it."""
+        if not fitted:
+            return self.transforms(batch)
+        scaled = functional.convert_image_dtype(batch, torch.float32)
+        return functional.normalize(scaled, self.transforms.mean, self.transforms.std)
+
+    def _network(self) -> tuple[nn.Module, int]:
+        """The network without its last linear layer, for inference, and its D."""
+        url, weights = self.weights.url, self.weights
+        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        try:
+            # First as data alone: torchvision would run code that the file holds.
+            progress = sys.stderr.isatty()
+            weights.get_state_dict(progress=progress, check_hash=True, weights_only=True)
+            network = torchvision.models.get_model(self.name, weights=weights, progress=False)
+        except Exception as error:  # neither torch nor urllib names a common class
+            why = f"({str(error).strip().partition(chr(10))[0]})"
+            if file.exists():
+                raise UserError(f"{file} is not {url} {why}: remove it or replace it") from error
+            what = f"the weights of {self.name} cannot be downloaded {why}"
+            raise UserError(f"{what}: put {file.name} from {url} into {file.parent}") from error
+        linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
+        if not linear:
+            raise UserError(f"--encoder {self.name}: it has no linear layer to leave out")
+        parent, _, child = linear[-1].rpartition(".")
+        dimension = network.get_submodule(linear[-1]).in_features
+        setattr(network.get_submodule(parent), child, nn.Identity())
+        return network.eval(), dimension
+
+
+_BAR = dict(desc="encoding", unit=" images", leave=False, disable=None)
+
+
+@contextlib.contextmanager
+def _tf32(device: torch.device):
+    """Inside, matrix products on CUDA may use TF32, as convolutions always may."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
