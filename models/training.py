@@ -139,7 +139,10 @@ def _batches(
     # Dropout draws on the device: one seed per step makes it the same after a resumption.
     seeds = torch.randint(2**62, (len(begins),), generator=generator).tolist()
     for begin, seed in zip(begins, seeds, strict=True):
-        torch.manual_seed(seed + parallel.rank())
+        if inputs.device.type == "cpu":  # torch.manual_seed sees to other devices, in half a step
+            torch.default_generator.manual_seed(seed + parallel.rank())
+        else:
+            torch.manual_seed(seed + parallel.rank())
         end = min(begin + batch_size, count)
         share, weight = parallel.share(begin, end)
         yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
