@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import difflib
 import math
 import os
@@ -66,6 +67,11 @@ def encoder(text: str) -> str:
         near = difflib.get_close_matches(text, names, n=3, cutoff=0)
         raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
     return text
+
+
+def listed(text: str) -> list[str]:
+    """argparse type: names between commas; a name with a comma stands in double quotes."""
+    return next(csv.reader([text]))
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -155,7 +161,6 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(experiment, "--augment-pool", "query through the training augmentation, as released")
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
-    listed = partial(str.split, sep=",")
     add(which, "--known", listed, "A,B", "names of the known classes instead")
     add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
@@ -224,7 +229,7 @@ def _settings(args: Namespace, shown: list[str]) -> str:
 
 def _show(value: object) -> str:
     if isinstance(value, list):
-        return re.sub(r"[^a-zA-Z0-9.,+-]", "-", ",".join(value))
+        return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 
 

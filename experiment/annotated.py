@@ -48,9 +48,9 @@ class AnnotatedRun(Run):
     def default_query_batch(self) -> int:
         return 50
 
-    def name(self) -> str:
-        """Without K, init and batch, because they change between rounds."""
-        return self._named("")
+    def start_in_name(self) -> str:
+        """Nothing: K, init and batch change between rounds."""
+        return ""
 
     def rounds(self) -> Iterator[open_set.Split]:
         """One round if the newest query has an answer; then it is the person's turn."""
@@ -61,7 +61,7 @@ class AnnotatedRun(Run):
             yield self.split
         if len(self.split.pool):
             sheet = f"{self.data.identity}/query_{self.round}.csv"
-            self.tell(f"fill in the column label of {sheet}, then run the same command again")
+            self.files.tell(f"fill in the column label of {sheet}, then run the same command again")
         else:
             self.finish()
 
@@ -92,11 +92,11 @@ class AnnotatedRun(Run):
         data, pool, logits = self.data, self.split.pool, self.pool_logits["logits"]
         per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
         counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=False))
-        self.tell(f"labeled: {', '.join(counts)}")
+        self.files.tell(f"labeled: {', '.join(counts)}")
         probability, label = logits.double().softmax(1).max(1)
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
-        write_sheet(f"{self.path}_predictions.csv", "file class probability", rows.values())
+        write_sheet(f"{self.files.path}_predictions.csv", "file class probability", rows.values())
         sheet = f"{data.identity}/query_{self.round + 1}.csv"
         asked = [rows[i] for i in queried.tolist()]
         write_sheet(sheet, "file predicted probability label", asked)  # the last act
@@ -104,5 +104,5 @@ class AnnotatedRun(Run):
     def unknown_classes(self) -> object:
         return "some"
 
-    def save_queries(self) -> None:
-        """Nothing: the sheets say what was queried."""
+    def queries_to_keep(self) -> None:
+        """None: the sheets say what was queried."""

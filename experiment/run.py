@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import pickle
 import shlex
 import signal
 import time
@@ -17,12 +15,11 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
-from datasets.files import write_whole
 from errors import Stopped, tell
 from models import Network, Objective, parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
 
-from .files import Journal, claim, load_checkpoint, versions
+from .files import RunFiles, versions
 
 FORMAT = 4  # of the checkpoint; earlier ones had no objectives, and the first other rules for ties
 STATE = ("experiment", "threads", "answers", "round", "log", "queries", "networks")
@@ -66,13 +63,12 @@ class Run:
         self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
         self.objectives: dict[str, Objective] = {}  # of this round: network's name -> its own
         self.saved = time.monotonic()
-        self.path = Path(args.save_dir) / self.name()
-        self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
+        self.files = RunFiles(Path(args.save_dir) / self.name())
+        self.experiment = {"format": FORMAT, "name": self.files.path.name, "data": data.identity}
         self.experiment["weights"] = data.preprocessing.get("weights")  # of the encoder
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()
-        self.journal: Journal | None = None
         if state := parallel.from_rank0(self._open):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
@@ -82,22 +78,9 @@ class Run:
                 tell(f"note: {what}: the last bits differ, and so may later queries")
                 self.threads = now
 
-    def first_split(self) -> open_set.Split:
-        draws = generator(self.args.seed, "split")
-        return open_set.initial_split(self.data.known, self.args.init_percent, draws)
-
-    def default_query_batch(self) -> int:
-        return max(1, len(self.split.pool) // 20)
-
     def name(self) -> str:
         """The published name of the log, without '.pkl', and `settings` at its end."""
-        args = self.args
-        start = f"_known{args.known_class}_init{args.init_percent:.12g}_batch{args.query_batch}"
-        return self._named(start)
-
-    def _named(self, start: str) -> str:
-        """The log's name; `start`: what it says about the labeled images at the start."""
-        args = self.args
+        args, start = self.args, self.start_in_name()
         name = f"{args.model}_{self.data.name}{start}_seed{args.seed}_{args.query_strategy}"
         if self.detector:
             name = f"temperature_{name}_unknown_T{args.unknown_T}_known_T{args.known_T}"
@@ -115,8 +98,9 @@ class Run:
     def finish(self) -> None:
         """Say where the log is."""
         why = "" if len(self.split.pool) else " (the pool is empty)"
-        self.tell(f"finished after {self.round} rounds{why}: {self.path}.pkl")
-        self.tell(f"draw it with: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
+        self.files.tell(f"finished after {self.round} rounds{why}: {self.files.path}.pkl")
+        folder = shlex.quote(str(self.files.path.parent))
+        self.files.tell(f"draw it with: python plot.py --log-dir {folder}")
 
     def train(
         self, name: str, outputs: int, indices: Tensor, temperature: Sequence[float] | None = None
@@ -156,7 +140,7 @@ class Run:
             state = self.networks.get(name)
             training = models.train(network, objective, *data, draws, settings, state)
             for epoch, loss, snapshot in training:
-                self.record(f"loss/{name}", loss, self.round * settings.max_epoch + epoch)
+                self.files.record(f"loss/{name}", loss, self.round * settings.max_epoch + epoch)
                 due = time.monotonic() - self.saved >= self.args.checkpoint_seconds
                 if epoch < settings.max_epoch and parallel.any_rank(due or bool(signals)):
                     keep(snapshot())
@@ -229,15 +213,89 @@ class Run:
         measures |= self.oracle_measures(queried)
         for name, value in measures.items():
             self.log[name][done] = value
-            self.record(name, value, done)
+            self.files.record(name, value, done)
         self.queries = [*self.queries[:done], queried]
         cells = [f"{len(indices):,}" for indices in self.split]
         for name, form in (("Acc", ".2f"), ("Precision", ".3f"), ("Recall", ".3f")):
             value = self.newest(name)
             cells.append("-" if value is None else format(value, form))
-        self.tell(done, *cells, f"{time.monotonic() - self.began:.1f}")
+        self.files.tell(done, *cells, f"{time.monotonic() - self.began:.1f}")
         if self.args.save_model and parallel.rank() == 0:
             self._save_model()
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """The generator of this round's draws for a purpose."""
+        return generator(self.args.seed, self.round, *purpose)
+
+    def _open(self) -> dict | None:
+        """Claim the run's files; return the state in the checkpoint to go on from, if any."""
+        with torch.device("meta"):  # sizes without the memory
+            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
+            network = models.build(*made, self.args.feat_dim, dropout=0)
+        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
+        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
+        need = 2 * 12 + 8 * self.args.save_model
+        need *= sum(parameter.numel() for parameter in network.parameters())
+        return self.files.open(self.args, need, self.experiment)
+
+    def begin(self) -> None:
+        """Write the first checkpoint, open the journal, and print what will run."""
+        args, data, files = self.args, self.data, self.files
+        self.save()
+        if parallel.rank() > 0:
+            return
+        cuda = self.device.type == "cuda"
+        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
+        where += f", {torch.get_num_threads()} threads"
+        header = f"{vars(args)}, {versions()}, {where}"
+        files.begin(header, not args.no_tensorboard, args.overwrite)
+        known, unknown = data.num_known, self.unknown_classes()
+        classes = f"{data.name}: {known} known and {unknown} unknown classes"
+        labeled, pool = len(self.split.labeled), len(self.split.pool)
+        files.tell(f"{classes}, {labeled:,} images labeled, {pool:,} in the pool")
+        features = f"{args.feat_dim or 'plain'} features"
+        training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
+        files.tell(f"{training}, {where}")
+        files.tell(f"{files.path}.pkl: {self.round} rounds done")
+        if data.left_out:
+            files.tell(f"{len(data.left_out)} unreadable images are skipped; see {files.log}")
+        for name, fault in data.left_out.items():
+            files.note(f"skipped: {name}: {fault}")
+        files.tell(*COLUMNS)
+
+    def save(self) -> None:
+        """Write the checkpoint and what follows from it (rank 0)."""
+        self.saved = time.monotonic()
+        if parallel.rank() == 0:
+            state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
+            self.files.save(state, self.log, self.queries_to_keep())
+
+    def _save_model(self) -> None:
+        """Write this round's networks, and what applying them needs."""
+        content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
+        content |= self.data.preprocessing
+        for name, state in self.networks.items():
+            content |= {name: state["network"], f"{name}_objective": state["objective"]}
+        self.files.save_model(content)
+
+    # What an annotator's run does in another way.
+
+    def first_split(self) -> open_set.Split:
+        """Who is labeled when the run begins."""
+        draws = generator(self.args.seed, "split")
+        return open_set.initial_split(self.data.known, self.args.init_percent, draws)
+
+    def default_query_batch(self) -> int:
+        return max(1, len(self.split.pool) // 20)
+
+    def start_in_name(self) -> str:
+        """What the log's name says of the known classes, the labeled images and the query."""
+        args = self.args
+        return f"_known{args.known_class}_init{args.init_percent:.12g}_batch{args.query_batch}"
+
+    def unknown_classes(self) -> object:
+        """How many unknown classes there are, for the terminal."""
+        return len(self.data.classes) - self.data.num_known
 
     def oracle_measures(self, queried: Tensor) -> dict[str, float]:
         """The measures of a query that need its labels."""
@@ -249,86 +307,5 @@ class Run:
         """The measure that is printed for this round; None if there is none."""
         return self.log[name].get(self.round)
 
-    def generator(self, *purpose: object) -> torch.Generator:
-        """The generator of this round's draws for a purpose."""
-        return generator(self.args.seed, self.round, *purpose)
-
-    # The files NAME.*: .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (text)
-
-    def _open(self) -> dict | None:
-        """Claim the files NAME.*; return the state in the checkpoint to go on from, if any."""
-        with torch.device("meta"):  # sizes without the memory
-            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
-            network = models.build(*made, self.args.feat_dim, dropout=0)
-        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
-        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
-        need = 2 * 12 + 8 * self.args.save_model
-        need *= sum(parameter.numel() for parameter in network.parameters())
-        self.lock, there = claim(self.path, self.args.resume, self.args.overwrite, need)
-        return load_checkpoint(there, self.experiment) if there else None
-
-    def begin(self) -> None:
-        """Write the first checkpoint, open NAME.log and TensorBoard's file, print what will run."""
-        if parallel.rank() > 0:
-            return
-        args, data, path = self.args, self.data, self.path
-        self.save()
-        if args.overwrite:
-            Path(f"{path}.model.pt").unlink(missing_ok=True)
-        self.journal = Journal(path, not args.no_tensorboard, args.overwrite)
-        cuda = self.device.type == "cuda"
-        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
-        where += f", {torch.get_num_threads()} threads"
-        self.journal.note(f"{vars(args)}, {versions()}, {where}")
-        labeled, _, pool = self.split
-        classes = (
-            f"{data.name}: {data.num_known} known and {self.unknown_classes()} unknown classes"
-        )
-        self.tell(f"{classes}, {len(labeled):,} images labeled, {len(pool):,} in the pool")
-        features = f"{args.feat_dim or 'plain'} features"
-        training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
-        self.tell(f"{training}, {where}")
-        self.tell(f"{path}.pkl: {self.round} rounds done")
-        if data.left_out:
-            self.tell(f"{len(data.left_out)} unreadable images are skipped; {path}.log lists them")
-        for name, fault in data.left_out.items():
-            self.journal.note(f"skipped: {name}: {fault}")
-        self.tell(*COLUMNS)
-
-    def unknown_classes(self) -> object:
-        """How many unknown classes there are, for the terminal."""
-        return len(self.data.classes) - self.data.num_known
-
-    def save(self) -> None:
-        """Write NAME.pt, then NAME.pkl and NAME.queries.json, which follow from it (rank 0)."""
-        self.saved = time.monotonic()
-        if parallel.rank() > 0:
-            return
-        state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
-        write_whole(f"{self.path}.pt", partial(torch.save, state))
-        write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
-        self.save_queries()
-
-    def save_queries(self) -> None:
-        queries = json.dumps([queried.tolist() for queried in self.queries]).encode()
-        write_whole(f"{self.path}.queries.json", lambda file: file.write(queries))
-
-    def _save_model(self) -> None:
-        """Write NAME.model.pt: this round's networks, and what applying them needs."""
-        content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
-        content |= self.data.preprocessing
-        for name, state in self.networks.items():
-            content |= {name: state["network"], f"{name}_objective": state["objective"]}
-        write_whole(f"{self.path}.model.pt", partial(torch.save, content))
-
-    def tell(self, *cells: object) -> None:
-        """A line, or a row of cells, for the terminal and NAME.log (rank 0)."""
-        line = cells[0] if len(cells) == 1 else "".join(f"{cell:>10}" for cell in cells)
-        if self.journal:
-            self.journal.note(line)
-            tell(line)
-
-    def record(self, name: str, value: float, step: int) -> None:
-        """A number for TensorBoard (rank 0)."""
-        if self.journal:
-            self.journal.record("scalar", name, value, step)
+    def queries_to_keep(self) -> list[Tensor] | None:
+        return self.queries
