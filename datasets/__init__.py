@@ -101,12 +101,14 @@ class OpenSetData(NamedTuple):
     classes: tuple[str, ...]  # names, the K known ones first
     num_known: int  # K
     preprocessing: dict  # mean and std; the encoder and its weights
-    identity: str  # a hash of the data, or the path of an annotator's folder
+    identity: str  # a hash of the data, or the name of an annotator's folder
     names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
     answers: str = ""  # hex digits that change with the answers or the pool
-    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of images that are not used
+    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
+    folder: Path | None = None  # where the annotator's sheets are
+    columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else these tell of training images
 
 
 def create(
@@ -116,35 +118,42 @@ def create(
     which: Known | None = None,
     image_size: int | None = None,
     rotation: bool = True,
+    sheet_encoding: str = "",
     encoder: str | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
     image_size is that of the images of a folder, 64 by default. rotation: whether augmentation
-    rotates images. encoder: whose embeddings take the place of the images. Raises UserError if the
-    data cannot be had, or if a run would lack an unknown class or images of a known one.
+    rotates images. sheet_encoding: see sheets.read. encoder: whose embeddings take the place of
+    the images. Raises UserError if the data cannot be had, or if a run would lack an unknown class
+    or images of a known one.
     """
     dataset, own, which = DATASETS[name], name in OWN, which or Known()
     if image_size and name != "folder":
         raise UserError("--image-size works only with --dataset folder")
-    coder = Encoder(encoder, device) if encoder else None
-    size, more = {"size": image_size or 64} if name == "folder" else {}, {}
+    coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
+    size, more = {}, {}
+    if name == "folder":
+        size = {"size": coder.fit if coder else image_size or 64}
     try:
         if own and (data_dir / "labels.csv").is_file():
-            raw, more = annotator.load(data_dir, **size)
-            K, identity = len(raw.classes), str(data_dir.resolve())
+            more = {"sheet_encoding": sheet_encoding}
+            items = folder.items(data_dir, **size) if size else embeddings.items(data_dir, **more)
+            raw, more = annotator.load(items, **more, encode=coder and coder.encode)
+            name = annotator.name(data_dir)
+            K, identity = len(raw.classes), name
         else:
             raw = dataset.load(data_dir, **size)
-            if coder:
-                train, test = (coder.encode(part, data_dir) for part in (raw.train, raw.test))
-                raw = raw._replace(train=train, test=test)
+            name = folder.log_name(data_dir, raw.digest[:8]) if own else name
             which = which._replace(count=which.count or dataset.defaults.get("known_class"))
-            raw, K, identity = _renumbered(raw, which, own)
+            raw, K, identity = _renumbered(coder.embed(raw) if coder else raw, which)
+        train, test, preprocessing = _inputs(raw, dataset, rotation, device)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
-    name = folder.log_name(data_dir) if own else name
-    train, test, preprocessing = _inputs(raw, dataset, rotation, device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        smaller = " or lower --image-size" if name == "folder" else ""
+        raise UserError(f"the data does not fit into memory: free some{smaller}") from error
     if coder:
         preprocessing |= {"encoder": encoder, "weights": coder.weights.name}
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
@@ -175,15 +184,16 @@ def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) ->
     return train, test, {"mean": dataset.mean, "std": dataset.std}
 
 
-def _renumbered(raw: Raw, which: Known, own: bool) -> tuple[Raw, int, str]:
+def _renumbered(raw: Raw, which: Known) -> tuple[Raw, int, str]:
     """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
 
-    own: whether other data may have the same name. Returns also K and the identity. Raises
-    UserError if a known class lacks images, or if no training image is unknown.
+    Returns also K and the identity. Raises UserError if a known class lacks images, or if no
+    training image is unknown.
     """
     count = len(raw.classes)
     order, K = np.arange(count), which.count or count // 2
     if which.names is not None:
+        which = which._replace(names=folder.class_names(which.names, raw.classes))
         for name in set(which.names) - set(raw.classes):
             raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
         order = np.argsort(~np.isin(raw.classes, which.names), kind="stable")
@@ -208,10 +218,7 @@ def _renumbered(raw: Raw, which: Known, own: bool) -> tuple[Raw, int, str]:
     if targets.max() < K:
         raise UserError("there is no training image of an unknown class")
     targets = np.minimum(targets, K)
-    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes())
-    if own or raw.train.ndim == 2:
-        for content in ("/".join(raw.names).encode(), raw.train, raw.test):
-            identity.update(content)
+    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes() + raw.digest.encode())
     tested = test_targets < K
     raw = raw._replace(
         train_labels=targets,

@@ -5,14 +5,15 @@ and test_labels.npy (M,). With a person as the oracle: embeddings.npy (N, D) and
 `items`. Vectors are float16, float32 or float64; labels are integers or strings.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError
 
-from . import sheets
-from .raw import Raw
+from . import decoding, sheets
+from .raw import Items, Raw
 
 CHUNK = 1 << 22  # numbers at a time
 VECTORS, ITEMS = "embeddings.npy", "items.csv"
@@ -33,22 +34,29 @@ def load(data_dir: Path) -> Raw:
         raise UserError(f"{data_dir}: a vector has {D}")
     classes, numbers = np.unique(np.concatenate([*labels.values()]), return_inverse=True)
     numbers = numbers.astype(np.int64)
-    sets = train, numbers[: len(train)], test, numbers[len(train) :]
-    return Raw(*sets, tuple(map(str, classes.tolist())))
+    return Raw(
+        train=train,
+        train_labels=numbers[: len(train)],
+        test=test,
+        test_labels=numbers[len(train) :],
+        classes=tuple(map(str, classes.tolist())),
+        digest=digest(train, test),
+    )
 
 
-def items(data_dir: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The rows of DIR/items.csv, in the order of embeddings.npy, and their further columns.
+def items(data_dir: Path, sheet_encoding: str = "") -> Items:
+    """The vectors of DIR/embeddings.npy, for a person to label; items.csv has their names.
 
-    Returns the cells of the column `file`, which may be any text that tells items apart, and for
-    each other column, by name, its cells. Raises UserError for a faulty sheet, and OSError.
+    Its column `file` may be any text that tells items apart. Raises UserError for a faulty sheet,
+    and OSError.
     """
-    header, *rows = sheets.table(ITEMS, (data_dir / ITEMS).read_bytes())
+    cells, _ = sheets.read_cells(ITEMS, (data_dir / ITEMS).read_bytes(), sheet_encoding)
+    header, *rows = cells
     plain = [name.strip().casefold() for name in header]
-    if taken := {"predicted", "probability", "label"}.intersection(plain):
-        raise UserError(f"{ITEMS}: a query sheet has its own column {min(taken)}: rename this one")
     if plain.count("file") != 1:
         raise UserError(f"{ITEMS}, row 1: name one column file")
+    if taken := {"predicted", "probability", "label"}.intersection(plain):
+        raise UserError(f"{ITEMS}: query sheets have a column {min(taken)} themselves: rename it")
     rows = [row + [""] * (len(header) - len(row)) for row in rows if row]
     columns = dict(zip(header, map(list, zip(*rows, strict=False)), strict=False))
     names = columns.pop(header[plain.index("file")], [])
@@ -58,7 +66,19 @@ def items(data_dir: Path) -> tuple[list[str], dict[str, list[str]]]:
             fault = f"is that of row {first[name]}" if name in first else "is empty"
             raise UserError(f"{ITEMS}, row {number}: file {name!r} {fault}")
         first[name] = number
-    return names, columns
+
+    def numbers() -> tuple[np.ndarray, dict[str, str]]:
+        return vectors(data_dir / VECTORS, len(names), ITEMS), {}
+
+    return Items(data_dir, names, sorted(decoding.walk(data_dir)), numbers, columns)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Hex digits that change with the numbers."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(array)
+    return found.hexdigest()
 
 
 def vectors(path: Path, count: int, beside: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Embeddings of images: torchvision's classification networks without their last linear layer."""
 
 import contextlib
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,8 @@ from models.resnet import fold_batchnorm
 
 from . import embeddings
 from .files import one_at_a_time, write_whole
+from .folder import Fit
+from .raw import Raw
 
 BATCH = {"cpu": 32, "cuda": 256}  # images at a time
 
@@ -30,36 +31,46 @@ def names() -> list[str]:
 class Encoder:
     """One of `names` with its default weights and their preprocessing; read once it is needed."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
+    def __init__(self, name: str, device: torch.device, folder: Path, fitted: bool) -> None:
+        """folder: where embeddings are kept. fitted: whether `fit` has brought images to size."""
+        self.name, self.device, self.folder, self.fitted = name, device, folder, fitted
         self.weights = torchvision.models.get_model_weights(name).DEFAULT
         self.transforms = self.weights.transforms()
 
-    def encode(self, images: np.ndarray, folder: Path, fitted: bool = False) -> np.ndarray:
+    @property
+    def fit(self) -> Fit:
+        """How the images of a folder are brought to the size of the network's input."""
+        [crop], [resize] = self.transforms.crop_size, self.transforms.resize_size
+        return Fit(crop, resize, self.transforms.interpolation)
+
+    def embed(self, raw: Raw) -> Raw:
+        """The data set with the embeddings of its images in their place."""
+        train, test = self.encode(raw.train), self.encode(raw.test)
+        return raw._replace(train=train, test=test, digest=embeddings.digest(train, test))
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
         """Embeddings (N, D) float16 of (N, H, W, 3) uint8 images, read from a file if there is one.
 
-        fitted: whether the images have been brought to size by `fit`. The file is kept in `folder`
-        if that can be written, and named after the encoder, its weights and the images. Raises
-        UserError if the weights cannot be had.
+        The file is kept in the folder if that can be written, and named after the encoder, its
+        weights and the images. Raises UserError if the weights cannot be had.
         """
-        digest = hashlib.sha256(repr((images.shape, fitted)).encode())
-        digest.update(images)
-        name = f".lfosa-{self.name}-{self.weights.name}-{digest.hexdigest()[:16]}.npy"
-        if not folder.is_dir():
-            tell(f"note: there is no folder {folder}: the embeddings stay in memory")
-            return self.apply(images, fitted)
-        with one_at_a_time(folder / ".lfosa-encoder.lock"):
+        digest = embeddings.digest(np.array([*images.shape, self.fitted]), images)
+        file = self.folder / f".lfosa-{self.name}-{self.weights.name}-{digest[:16]}.npy"
+        if not self.folder.is_dir():
+            tell(f"note: there is no folder {self.folder}: the embeddings stay in memory")
+            return self.apply(images)
+        with one_at_a_time(self.folder / ".lfosa-encoder.lock"):
             with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
-                return embeddings.vectors(folder / name, len(images), "the data")
-            found = self.apply(images, fitted)
+                return embeddings.vectors(file, len(images), "the data")
+            found = self.apply(images)
             try:
-                write_whole(folder / name, partial(np.save, arr=found))
+                write_whole(file, partial(np.save, arr=found))
             except UserError as error:
                 tell(f"note: {error}: the embeddings stay in memory")
         return found
 
     @torch.inference_mode()
-    def apply(self, images: np.ndarray, fitted: bool) -> np.ndarray:
+    def apply(self, images: np.ndarray) -> np.ndarray:
         """Compute what `encode` returns.
 
         In float32, on CUDA in TF32, whose 11 bits are those of the float16 that is kept; bfloat16
@@ -72,18 +83,15 @@ class Encoder:
             for begin in range(0, len(images), size):
                 part = np.array(images[begin : begin + size])
                 batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
-                output = network(self._input(batch, fitted))
-                if output.shape != (len(part), dimension):
-                    raise UserError(f"--encoder {self.name}: its last layer is no linear one")
-                found[begin : begin + size] = output.half().cpu().numpy()
+                found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
                 bar.update(len(part))
         if not np.isfinite(found).all():
             raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")
         return found
 
-    def _input(self, batch: Tensor, fitted: bool) -> Tensor:
+    def _input(self, batch: Tensor) -> Tensor:
         """The weights' own preprocessing of (B, 3, H, W) uint8 images, or what is left of it."""
-        if not fitted:
+        if not self.fitted:
             return self.transforms(batch)
         scaled = functional.convert_image_dtype(batch, torch.float32)
         return functional.normalize(scaled, self.transforms.mean, self.transforms.std)
