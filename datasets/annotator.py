@@ -1,8 +1,9 @@
-"""A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
+"""Images or vectors of which few are labeled: a person is the oracle, and answers in sheets."""
 
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,25 @@ from errors import UserError, tell
 from . import folder, sheets
 from .files import one_at_a_time, write_whole
 from .open_set import Split
-from .raw import Raw
+from .raw import Items, Raw
 
 
-def load(data_dir: Path, size: int, sheet_encoding: str = "") -> tuple[Raw, dict]:
-    """All images below data_dir as training images, those of test.csv as test images, both sorted.
+def load(
+    items: Items, sheet_encoding: str = "", encode: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[Raw, dict]:
+    """All items as training images or vectors, those of test.csv as the test set, in their order.
 
     Labels of training images that are of no known class are K. Unreadable images are skipped.
     Returns also the last fields of OpenSetData, by name. Raises UserError if a sheet is faulty or
-    if no labeled image can be read, and OSError. sheet_encoding: see sheets.read.
+    if no labeled image can be read, and OSError. sheet_encoding: see sheets.read. encode: from
+    images to vectors.
     """
-    if not os.access(data_dir, os.W_OK):  # before the round rather than after it
-        raise UserError(f"cannot write to {data_dir}, where the query sheets go")
-    files, others = folder.list_images(data_dir)
-    answered = sheets.read(data_dir, files, others, sheet_encoding)
-    decoded = folder.read(data_dir, files, size, skip_broken=True)
-    names = [name for name in files if name not in decoded.broken]
+    if not os.access(items.folder, os.W_OK):  # before the round rather than after it
+        raise UserError(f"cannot write to {items.folder}, where the query sheets go")
+    answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
+    numbers, broken = items.read()
+    numbers = encode(numbers) if encode else numbers
+    names = [name for name in items.names if name not in broken]
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(answered.classes)}
     K = len(number)
@@ -41,20 +45,24 @@ def load(data_dir: Path, size: int, sheet_encoding: str = "") -> tuple[Raw, dict
     pool = [i for i, name in enumerate(names) if name not in answered.taken]
     test = [i for i, name in enumerate(names) if name in answered.test]
     raw = Raw(
-        train=decoded.pixels,
+        train=numbers,
         train_labels=labels,
-        test=decoded.pixels[test],
+        test=numbers[test],
         test_labels=np.array([number[answered.test[names[i]]] for i in test], np.int64),
         classes=answered.classes,
     )
     content = repr((names, answered.classes, answered.labels, answered.test, pool))
+    answers = hashlib.sha256(content.encode())
+    if numbers.ndim == 2:
+        answers.update(numbers)
     return raw, {
         "names": tuple(names),
         "sheets": answered,
         "split": Split(*(torch.tensor(x, dtype=torch.int64) for x in (labeled, invalid, pool))),
-        "answers": hashlib.sha256(content.encode()).hexdigest()[:16],
-        "left_out": decoded.broken,
-        "folder": data_dir,
+        "answers": answers.hexdigest()[:16],
+        "left_out": broken,
+        "folder": items.folder,
+        "columns": items.columns,
     }
 
 

@@ -11,23 +11,31 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from errors import UserError, tell
 
 from . import decoding
 from .files import one_at_a_time
-from .raw import Raw
+from .raw import Items, Raw
 
 TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 
 
-def load(data_dir: Path, size: int = 64) -> Raw:
-    """Training and test images of size x size pixels, each in the order of their names.
+class Fit(NamedTuple):
+    """How an image becomes square: its shorter side is resized, and the centre is cropped."""
+
+    crop: int  # pixels
+    resize: int
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+
+
+def load(data_dir: Path, size: int | Fit = 64) -> Raw:
+    """Training and test images of size x size pixels, or fitted, each in the order of their names.
 
     Classes are ordered by name; a class may lack training or test images. Raises UserError if
     there are no images or broken ones, and OSError.
@@ -47,6 +55,17 @@ def load(data_dir: Path, size: int = 64) -> Raw:
     )
 
 
+def items(data_dir: Path, size: int | Fit) -> Items:
+    """All images below data_dir, for a person to label."""
+    files, others = list_images(data_dir)
+
+    def numbers() -> tuple[np.ndarray, dict[str, str]]:
+        decoded = read(data_dir, files, size, skip_broken=True)
+        return decoded.pixels, decoded.broken
+
+    return Items(data_dir, files, others, numbers)
+
+
 def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
     """Image files below data_dir, and the names of all other files there.
 
@@ -62,26 +81,27 @@ def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
 
 
 def read(
-    data_dir: Path, files: dict[str, list[int]], size: int, skip_broken: bool = False
+    data_dir: Path, files: dict[str, list[int]], size: int | Fit, skip_broken: bool = False
 ) -> decoding.Decoded:
     """Decode these files, or map the cache if an earlier start has decoded the same ones.
 
     Raises UserError that names broken images; with skip_broken, returns all but those.
     """
-    remarks = []
+    remarks, plain = [], isinstance(size, int)
+    crop, resize, interpolation = Fit(size, size) if plain else size
 
     def content(name: str) -> bytes:
         name.encode()  # an image is broken if its name is not Unicode: no sheet can hold it
         return (data_dir / name).read_bytes()
 
     def fit(image: Image.Image) -> Image.Image:
-        """The shorter side resized to `size`, and centre cropped."""
-        image = functional.resize(upright(image, remarks.append), size)
-        return functional.center_crop(image, size)
+        image = functional.resize(upright(image, remarks.append), resize, interpolation)
+        return functional.center_crop(image, crop)
 
-    cache = data_dir / f".lfosa-cache-{size}.npy"
+    name = size if plain else f"{crop}-{resize}-{interpolation.value}"
+    cache = data_dir / f".lfosa-cache-{name}.npy"
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
-        decoded = decoding.decode(cache, files, content, fit, size, skip_broken)
+        decoded = decoding.decode(cache, files, content, fit, crop, skip_broken)
     for remark, count in sorted(Counter(remarks).items()):
         tell(f"note: {count} images in {data_dir} {remark}")
     return decoded

@@ -52,9 +52,9 @@ class AnnotatedRun(Run):
     def default_query_batch(self) -> int:
         return 50
 
-    def start_in_name(self) -> str:
-        """Nothing: K, init and batch change between rounds."""
-        return ""
+    def name(self) -> str:
+        """Without K, init and batch, because they change between rounds."""
+        return self._named("")
 
     def rounds(self) -> Iterator[open_set.Split]:
         """One round if the newest query has an answer; then it is the person's turn."""
@@ -107,13 +107,16 @@ class AnnotatedRun(Run):
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         header = ("file", "class", "probability")
         write_sheet(f"{self.files.path}_predictions.csv", header, rows.values())
-        header = ("file", "predicted", "probability", "label")
-        asked = [(*rows[i], "") for i in queried.tolist()]
+        header = ("file", *data.columns, "predicted", "probability", "label")
+        asked = []
+        for i in queried.tolist():
+            file, *predicted = rows[i]
+            asked.append((file, *(cells[i] for cells in data.columns.values()), *predicted, ""))
         sheet = f"{data.folder}/query_{self.round + 1}.csv"
         write_sheet(sheet, header, asked)  # the last act
 
     def unknown_classes(self) -> object:
         return "some"
 
-    def queries_to_keep(self) -> None:
-        """None: the sheets say what was queried."""
+    def save_queries(self) -> None:
+        """Nothing: the sheets say what was queried."""
