@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import difflib
 import math
 import os
 import re
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 import datasets
 import models
-from datasets import DATASETS
+from datasets import DATASETS, VECTORS
 from errors import Stopped, UserError, tell
 from experiment.annotated import AnnotatedRun
 from experiment.protocols import PROTOCOLS
@@ -60,6 +61,14 @@ def folder(text: str) -> str:
         raise ArgumentTypeError(f"{error} Give the whole path.") from None
 
 
+def encoder(text: str) -> str:
+    """argparse type: a network of torchvision's that can encode images."""
+    if text not in (names := datasets.encoder.names()):
+        near = difflib.get_close_matches(text, names, n=3, cutoff=0)
+        raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
+    return text
+
+
 def listed(text: str) -> list[str]:
     """argparse type: names between commas; a name with a comma stands in double quotes."""
     return next(csv.reader([text]))
@@ -86,12 +95,15 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
         strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--dataset", choices=DATASETS, default="digits")
+    early.add_argument("--encoder", type=encoder)
     early.add_argument("--protocol", choices=PROTOCOLS, default="LfOSA")
     first = "AV_temperature" if detector else "uncertainty"
     early.add_argument("--query-strategy", choices=strategies, default=first)
     chosen = early.parse_known_args()[0]
     defaults = vars(models.Settings()) | vars(chosen) | DATASETS[chosen.dataset].defaults
     defaults |= PROTOCOLS[chosen.protocol].defaults
+    if chosen.encoder or chosen.dataset == "embeddings":
+        defaults |= VECTORS | {"encoder": None}
     defaults |= getattr(STRATEGIES[chosen.query_strategy], "DEFAULTS", {})
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",
@@ -150,6 +162,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
     add(which, "--known", listed, "A,B", "names of the known classes instead")
+    add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
     add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")
     add(training, "--dropout", RATE, "P", "on the pooled vector, only for BALD")
@@ -176,10 +189,27 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(one, "--overwrite", "replace the files of an earlier run")
     args = parser.parse_args()
     args.given = [key for key, value in vars(args).items() if value != parser.get_default(key)]
+    if fault := _senseless(args):
+        parser.error(fault)
     if args.protocol != "LfOSA":
         args.given.insert(0, "protocol")
     args.settings = _settings(args, [key for key in args.given if key in shown])
     return args
+
+
+def _senseless(args: Namespace) -> str:
+    """What is wrong with arguments that have no meaning together; "" if nothing is."""
+    vectors = args.encoder or args.dataset == "embeddings"
+    if args.encoder and args.dataset == "embeddings":
+        return "--encoder is for images, not for --dataset embeddings"
+    if vectors and args.model != "mlp":
+        return f"--model {args.model} is for images: embeddings need mlp"
+    if args.model == "mlp" and not vectors:
+        return "--model mlp is for embeddings: add --encoder NAME or --dataset embeddings"
+    for key in ("augment_pool", "image_size", "rotation"):
+        if vectors and key in args.given:
+            return f"--{key.replace('_', '-')} has no meaning with embeddings"
+    return ""
 
 
 def _settings(args: Namespace, shown: list[str]) -> str:
@@ -192,6 +222,7 @@ def _settings(args: Namespace, shown: list[str]) -> str:
         if key not in idle:
             value = getattr(args, key)
             flag = ("no-" if value is False else "") + key.replace("_", "-")
+            flag += "-" * (isinstance(value, str) and key != "amp")  # so it is in shipped logs
             parts.append(flag if isinstance(value, bool) else f"{flag}{_show(value)}")
     return "__" + "_".join(parts) if parts else ""
 
@@ -199,7 +230,7 @@ def _settings(args: Namespace, shown: list[str]) -> str:
 def _show(value: object) -> str:
     if isinstance(value, list):
         return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 
 
 # ---- errors -----------------------------------------------------------------------
@@ -260,6 +291,7 @@ def start(description: str, detector: bool) -> Run:
     order = PROTOCOLS[args.protocol].class_order.get(args.dataset)
     known = datasets.Known(args.known_class, args.known, args.class_seed, order)
     more = {"image_size": args.image_size, "rotation": args.rotation}
+    more["encoder"] = args.encoder
     data = datasets.create(args.dataset, Path(args.data_dir), device, known, **more)
     parallel.keep_memory(device)  # after the reading: its temporary copies went back to the system
     return (AnnotatedRun if data.sheets else Run)(args, device, data, detector)

@@ -35,11 +35,15 @@ class AnnotatedRun(Run):
         args.resume = not args.overwrite
         super().__init__(args, device, data, detector)
         self.split = data.split
-        done = len(data.sheets.queries)
+        done, queries = len(data.sheets.queries), data.sheets.queries
+        waiting = bool(queries) and not any(queries[-1].values())
+        self.late = waiting and self.answers != data.answers  # than the newest sheet
         if (self.round, self.answers) != (done, data.answers):
             if self.round == done and self.networks and parallel.rank() == 0:
                 tell("answers or images changed after this round began: it starts again")
-            self.round, self.answers, self.networks = done, data.answers, {}
+            self.round, self.networks = done, {}
+        if not waiting:
+            self.answers = data.answers
         self.log["Precision"] = data.sheets.precisions()
 
     def first_split(self) -> open_set.Split:
@@ -48,9 +52,9 @@ class AnnotatedRun(Run):
     def default_query_batch(self) -> int:
         return 50
 
-    def start_in_name(self) -> str:
-        """Nothing: K, init and batch change between rounds."""
-        return ""
+    def name(self) -> str:
+        """Without K, init and batch, because they change between rounds."""
+        return self._named("")
 
     def rounds(self) -> Iterator[open_set.Split]:
         """One round if the newest query has an answer; then it is the person's turn."""
@@ -60,7 +64,11 @@ class AnnotatedRun(Run):
             self.began = time.monotonic()
             yield self.split
         if len(self.split.pool):
-            sheet = f"{self.data.identity}/query_{self.round}.csv"
+            sheet = f"{self.data.folder}/query_{self.round}.csv"
+            if self.late:
+                self.files.tell(
+                    f"answers or images changed after {sheet} was written: used in the next round"
+                )
             self.files.tell(f"fill in the column label of {sheet}, then run the same command again")
         else:
             self.finish()
@@ -90,19 +98,25 @@ class AnnotatedRun(Run):
     def _ask(self, queried: Tensor) -> None:
         """Write what the classifier predicts of the pool, and the sheet for the annotator."""
         data, pool, logits = self.data, self.split.pool, self.pool_logits["logits"]
-        per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
-        counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=False))
+        labels = data.targets[self.split.labeled.to(self.device)]
+        per_class = torch.bincount(labels, minlength=data.num_known).tolist()
+        counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=True))
         self.files.tell(f"labeled: {', '.join(counts)}")
         probability, label = logits.double().softmax(1).max(1)
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
-        write_sheet(f"{self.files.path}_predictions.csv", "file class probability", rows.values())
-        sheet = f"{data.identity}/query_{self.round + 1}.csv"
-        asked = [rows[i] for i in queried.tolist()]
-        write_sheet(sheet, "file predicted probability label", asked)  # the last act
+        header = ("file", "class", "probability")
+        write_sheet(f"{self.files.path}_predictions.csv", header, rows.values())
+        header = ("file", *data.columns, "predicted", "probability", "label")
+        asked = []
+        for i in queried.tolist():
+            file, *predicted = rows[i]
+            asked.append((file, *(cells[i] for cells in data.columns.values()), *predicted, ""))
+        sheet = f"{data.folder}/query_{self.round + 1}.csv"
+        write_sheet(sheet, header, asked)  # the last act
 
     def unknown_classes(self) -> object:
         return "some"
 
-    def queries_to_keep(self) -> None:
-        """None: the sheets say what was queried."""
+    def save_queries(self) -> None:
+        """Nothing: the sheets say what was queried."""

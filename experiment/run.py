@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import models
-from datasets import DATASETS, OpenSetData, open_set
+from datasets import OpenSetData, open_set
 from errors import Stopped, tell
 from models import Network, Objective, parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
@@ -65,6 +65,7 @@ class Run:
         self.saved = time.monotonic()
         self.files = RunFiles(Path(args.save_dir) / self.name())
         self.experiment = {"format": FORMAT, "name": self.files.path.name, "data": data.identity}
+        self.experiment["weights"] = data.preprocessing.get("weights")  # of the encoder
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()
@@ -115,7 +116,7 @@ class Run:
         dropout = settings.dropout if queried and "mc_logits" in reads else 0.0
         draws = partial(self.generator, name)
         made = self.args.model, outputs, settings.feat_dim, draws("init"), self.device, dropout
-        network = models.create(*made)
+        network = models.create(*made, self.data.train.dimension)
         objective = Objective(temperature)
         if queried and hasattr(self.strategy, "objective"):
             invalid = self.split.invalid
@@ -160,6 +161,8 @@ class Run:
         network: the one that it asks, LfOSA's detector or the baselines' classifier.
         """
         outputs = self._predict(split, network, classifier or network)
+        if hasattr(self.strategy, "describe"):
+            self.files.note(self.strategy.describe(outputs))
         name, count = self.args.query_strategy, self.args.query_batch
         draws = self.generator("query", name)
         return split.pool[parallel.from_rank0(lambda: select(name, outputs, count, draws))]
@@ -229,7 +232,8 @@ class Run:
     def _open(self) -> dict | None:
         """Claim the run's files; return the state in the checkpoint to go on from, if any."""
         with torch.device("meta"):  # sizes without the memory
-            network = models.ResNet(self.args.model, self.data.num_known + 1, self.args.feat_dim)
+            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
+            network = models.build(*made, self.args.feat_dim, dropout=0)
         # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
         # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
         need = 2 * 12 + 8 * self.args.save_model
@@ -270,9 +274,8 @@ class Run:
 
     def _save_model(self) -> None:
         """Write this round's networks, and what applying them needs."""
-        dataset = DATASETS[self.args.dataset]
         content = {"arguments": vars(self.args), "classes": list(self.data.classes)}
-        content |= {"mean": dataset.mean, "std": dataset.std}
+        content |= self.data.preprocessing
         for name, state in self.networks.items():
             content |= {name: state["network"], f"{name}_objective": state["objective"]}
         self.files.save_model(content)

@@ -30,6 +30,11 @@ class Images(NamedTuple):
     def device(self) -> torch.device:
         return self.pixels.device
 
+    @property
+    def dimension(self) -> int:
+        """Channels, the size of a network's input."""
+        return 3
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU."""
         return draw(self, count, generator)

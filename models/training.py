@@ -14,6 +14,7 @@ from errors import UserError
 
 from . import parallel
 from .augment import Images
+from .embeddings import Embeddings
 from .network import Network
 from .objective import Batch, Objective
 from .resnet import fold_batchnorm
@@ -49,7 +50,7 @@ PUBLISHED = Settings()
 def train(
     network: Network,
     objective: Objective,
-    inputs: Images,
+    inputs: Images | Embeddings,
     targets: Tensor,
     indices: Tensor,
     generator: Callable[..., torch.Generator],
@@ -125,7 +126,7 @@ def _parts(
 
 
 def _batches(
-    inputs: Images, indices: Tensor, batch_size: int, generator: torch.Generator
+    inputs: Images | Embeddings, indices: Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, int, float]]:
     """An epoch's batches in random order: index, network input, the whole batch's size, weight.
 
@@ -138,7 +139,10 @@ def _batches(
     # Dropout draws on the device: one seed per step makes it the same after a resumption.
     seeds = torch.randint(2**62, (len(begins),), generator=generator).tolist()
     for begin, seed in zip(begins, seeds, strict=True):
-        torch.manual_seed(seed + parallel.rank())
+        if inputs.device.type == "cpu":  # torch.manual_seed sees to other devices, in half a step
+            torch.default_generator.manual_seed(seed + parallel.rank())
+        else:
+            torch.manual_seed(seed + parallel.rank())
         end = min(begin + batch_size, count)
         share, weight = parallel.share(begin, end)
         yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
@@ -176,7 +180,7 @@ def _outputs(network: nn.Module, batch: Tensor, amp: str) -> tuple[Tensor, Tenso
 @torch.inference_mode()
 def predict(
     network: Network,
-    inputs: Images,
+    inputs: Images | Embeddings,
     indices: Tensor,
     fields: Sequence[str] = ("logits",),
     settings: Settings = PUBLISHED,
@@ -240,7 +244,7 @@ def dropout_masks(network: Network, samples: int, generator: torch.Generator) ->
 
 
 def evaluate(
-    network: Network, inputs: Images, targets: Tensor, settings: Settings = PUBLISHED
+    network: Network, inputs: Images | Embeddings, targets: Tensor, settings: Settings = PUBLISHED
 ) -> float:
     """Accuracy in percent on all of `inputs`, NaN without any; targets: (M,) int64."""
     if not len(targets):
