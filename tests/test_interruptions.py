@@ -18,8 +18,19 @@ from collections import Counter
 
 import pytest
 import torch
-from forks import BASELINE, KILL, LFOSA, UNTRAINED, assert_ends_well, assert_one_line
-from forks import at, at_write, find, results, send
+from forks import (
+    BASELINE,
+    KILL,
+    LFOSA,
+    UNTRAINED,
+    assert_ends_well,
+    assert_one_line,
+    at,
+    at_write,
+    find,
+    results,
+    send,
+)
 from tensorboardX.proto.event_pb2 import Event
 
 # Two steps per epoch in the first round, and a checkpoint after every epoch.
