@@ -1,15 +1,16 @@
-"""Every flag of both scripts, run: it changes the experiment as it says, or nothing of it.
+"""Every flag of both scripts, run: it changes the experiment, or nothing of it.
 
-A run with the flag that is killed and resumed ends with the same bytes as one that is not.
+A run with all of them that is killed and resumed ends with the same bytes as one that is not.
 """
 
 import shutil
+import signal
 import sys
 from unittest import mock
 
 import pytest
 import torch
-from forks import BASELINE, KILL, LFOSA, assert_ends_well, at_write, find, results
+from forks import BASELINE, KILL, LFOSA, at_write, find, results
 from trees import class_folders, write_folder
 
 import plot
@@ -22,7 +23,6 @@ TINY += "--batch-size 4 --lr-model 0.05"
 BALD = "--query-strategy BALD --mc-samples 3"
 # The flags that change an experiment: arguments that a run without the flag has too, and the flag.
 CHANGES = {
-    "dataset": ("", "--dataset digits"),
     "data_dir": ("", "--data-dir others"),
     "query_strategy": ("", "--query-strategy random"),
     "known_class": ("", "--known-class 2"),
@@ -66,6 +66,7 @@ OTHERS = {
     "resume": "--resume",
 }
 ELSEWHERE = {
+    "dataset",  # in the tests of each
     "overwrite",  # in test_interruptions.py: it excludes --resume
     "compile",  # below
     "encoder",  # in test_embeddings.py
@@ -82,7 +83,7 @@ def flags(detector):
 FLAGS = {BASELINE: flags(False), LFOSA: flags(True)}
 CASES = [(BASELINE, flag) for flag in CHANGES if flag in FLAGS[BASELINE]]
 CASES += [(LFOSA, flag) for flag in CHANGES if flag not in FLAGS[BASELINE]]
-CASES += [(LFOSA, "weight_cent"), (LFOSA, "drop_unknown"), (LFOSA, "augment_pool")]
+CASES += [(LFOSA, flag) for flag in ("weight_cent", "drop_unknown", "augment_pool")]
 
 
 def test_every_flag_is_run_here():
@@ -92,59 +93,65 @@ def test_every_flag_is_run_here():
 
 @pytest.fixture(scope="module")
 def outcome(forks, tmp_path_factory):
-    """The folder of a run, and what it found: log, queries, and the weights of its networks.
+    """The folder of a run, and what it found: log and queries, and the weights of its networks.
 
-    killed: in place of its sixth checkpoint, or LfOSA's eighth, and then resumed; this is in the
-    second round, in the second epoch of a training.
+    kills: the run is killed in place of its checkpoint of this number, and resumed until the next.
     """
     home = tmp_path_factory.mktemp("flags")
     write_folder(home / "pictures", class_folders(*"abcdef"))
     write_folder(home / "others", class_folders(*"abcdefg"))
     found = {}
 
-    def run(script, words, killed=False):
-        key = script, words, killed
-        if key not in found:
-            (folder := home / f"{len(list(home.iterdir()))}").mkdir()
+    def run(script, words, *kills):
+        if (script, words, kills) not in found:
+            (folder := home / f"run{len(found)}").mkdir()
             for pictures in ("pictures", "others"):
                 (folder / pictures).symlink_to(home / pictures)
             arguments = [script, *TINY.split(), *words.split()]
-            if killed:
-                before = at_write("pt", 6 + 2 * (script == LFOSA), KILL)
-                assert forks.run(folder, *arguments, before=before).returncode == -9
-                arguments.append("--resume")
-            assert_ends_well(forks.run(folder, *arguments))
+            for number in kills:
+                ran = forks.run(folder, *arguments, "--resume", before=at_write("pt", number, KILL))
+                assert ran.returncode == -signal.SIGKILL
+            ran = forks.run(folder, *arguments, *["--resume"][: len(kills)])
+            assert ran.returncode == 0, ran
             saved = torch.load(find(folder, "model.pt"))
             names = ("detector", "classifier")[script == BASELINE :]
             weights = torch.cat([w.flatten() for name in names for w in saved[name].values()])
-            found[key] = folder, (results(folder), weights.tolist())
-        return found[key]
+            found[script, words, kills] = folder, results(folder), weights.tolist()
+        return found[script, words, kills]
 
     return run
 
 
 @pytest.mark.parametrize(("script", "flag"), CASES)
-def test_a_flag_changes_the_experiment_and_a_killed_run_with_it_resumes(outcome, script, flag):
+def test_a_flag_changes_the_experiment_and_its_name(outcome, script, flag):
     usual, words = CHANGES[flag]
-    folder, changed = outcome(script, f"{usual} {words}")
-    other, unchanged = outcome(script, usual)
+    folder, *changed = outcome(script, f"{usual} {words}")
+    other, *unchanged = outcome(script, usual)
     assert changed != unchanged
     names = [plot.parse_name(find(each, "pkl").name) for each in (folder, other)]
     assert (names[0] != names[1]) == (flag != "max_query")  # a run may always grow
-    assert outcome(script, f"{usual} {words}", killed=True)[1] == changed
+
+
+@pytest.mark.parametrize("script", [BASELINE, LFOSA])
+def test_a_run_with_all_flags_is_killed_and_resumed(outcome, script):
+    flags = [flag for flag in CHANGES if flag in FLAGS[script] - {"known", "query_strategy"}]
+    words = " ".join(" ".join(CHANGES[flag]) for flag in flags)
+    _, *whole = outcome(script, words)
+    _, *resumed = outcome(script, words, 7, 4, 2)  # in each of the three rounds, or two of them
+    assert resumed == whole
 
 
 @pytest.mark.parametrize("script", [BASELINE, LFOSA])
 def test_flags_of_machine_and_files_change_nothing(outcome, script):
-    (_, found), (_, expected) = (
-        outcome(script, words) for words in (" ".join(OTHERS.values()).strip(), "")
-    )
-    assert found[0] == expected[0]
-    assert found[1] == pytest.approx(expected[1])
+    _, found, weights = outcome(script, " ".join(OTHERS.values()))
+    _, expected, others = outcome(script, "")
+    assert found == expected
+    assert weights == pytest.approx(others)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compiled_run(outcome, monkeypatch):
-    _, (_, weights) = outcome(BASELINE, "--compile")
-    assert weights == pytest.approx(outcome(BASELINE, "")[1][1], rel=1e-2, abs=1e-3)
-    assert outcome(BASELINE, "--compile", killed=True)[1][1] == weights
+def test_compiled_run(outcome):
+    _, found, weights = outcome(BASELINE, "--compile")
+    assert weights == pytest.approx(outcome(BASELINE, "")[2], rel=1e-2, abs=1e-3)
+    _, *resumed = outcome(BASELINE, "--compile", 3)
+    assert resumed == [found, weights]
