@@ -24,7 +24,8 @@ import datasets
 import models
 from datasets import DATASETS, OpenSetData, augment, open_set
 from datasets.files import Journal, UserError, claim, load_checkpoint, tell, versions, write_whole
-from datasets.sheets import write_sheet
+from datasets.page import next_step, write_page
+from datasets.sheets import table, write_sheet
 from models import parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
 
@@ -312,8 +313,7 @@ class Run:
             self.began = time.monotonic()
             yield self.split
         if sheets and len(self.split.pool):
-            sheet = f"{self.data.identity}/query_{self.round}.csv"
-            self.say(f"fill in the column label of {sheet}, then run the same command again")
+            self.say(next_step(Path(self.data.identity, f"query_{self.round}.csv")))
             return
         why = "" if len(self.split.pool) else " (the pool is empty)"
         self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
@@ -448,9 +448,10 @@ class Run:
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         write_sheet(f"{self.path}_predictions.csv", "file class probability", rows.values())
-        sheet = f"{data.identity}/query_{self.round + 1}.csv"
-        asked = [rows[i] for i in queried.tolist()]
-        write_sheet(sheet, "file predicted probability label", asked)  # the last act
+        sheet = Path(data.identity, f"query_{self.round + 1}.csv")
+        columns, asked = "file predicted probability label", [rows[i] for i in queried.tolist()]
+        write_page(sheet, table(columns, asked), [file for file, *_ in asked], data.classes)
+        write_sheet(sheet, columns, asked)  # the last act
 
     def generator(self, *purpose: object) -> torch.Generator:
         """The generator of this round's draws for a purpose."""

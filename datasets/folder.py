@@ -44,7 +44,8 @@ def list_images(data_dir: Path) -> dict[str, int]:
     """
     found = images.walk(data_dir)
     names = images.pictures(found)
-    others = sum(not name.endswith(".csv") for name in found) - len(names)  # sheets are read
+    own = (".csv", ".html")  # sheets and pages
+    others = sum(not name.endswith(own) for name in found) - len(names)
     if others:
         tell(f"note: {others} files in {data_dir} are no images: ignored")
     return {name: found[name] for name in names}
@@ -74,9 +75,14 @@ def log_name(data_dir: Path) -> str:
     return re.sub(r"^\.|[^a-zA-Z0-9.-]", "-", name) or "folder"
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """The PIL image upright, in RGB, its shorter side resized to `size`, and centre cropped."""
+def upright(image: Image.Image) -> Image.Image:
+    """The PIL image turned as its EXIF data say, in RGB."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's conversion would make nearly everything white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return functional.center_crop(functional.resize(image.convert("RGB"), size), size)
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """The PIL image upright, in RGB, its shorter side resized to `size`, and centre cropped."""
+    return functional.center_crop(functional.resize(upright(image), size), size)

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -89,17 +89,22 @@ def read(folder: Path, images: Collection[str]) -> Sheets:
     )
 
 
+def table(columns: str, rows: Iterable[tuple[str, str, float]]) -> list[Sequence[str]]:
+    """The cells of a sheet, the header first. rows: file, class, probability; a fourth is empty."""
+    header = columns.split()
+    cells = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
+    return [header, *cells]
+
+
 def write_sheet(path: Path | str, columns: str, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write a sheet with these columns. rows: file, class, probability; a fourth is empty.
+    """Write a sheet with these columns and rows: see `table`.
 
     Raises UserError if a sheet with a column `label` exists, because it may hold answers.
     """
-    header = columns.split()
-    if "label" in header and os.path.lexists(path):
+    if "label" in columns.split() and os.path.lexists(path):
         raise UserError(f"{path} exists: a query sheet is never overwritten")
     text = io.StringIO(newline="")
-    table = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
-    csv.writer(text).writerows([header, *table])
+    csv.writer(text).writerows(table(columns, rows))
     # Without the byte order mark ("-sig") Excel takes UTF-8 for cp1252.
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 

@@ -1,0 +1,76 @@
+"""The page to label on: query_N.html shows what query_N.csv asks, and saves it with the answers."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+
+from .files import UserError, write_whole
+from .folder import upright
+from .sheets import SKIP, UNKNOWN
+
+TEMPLATE = Path(__file__).with_name("page.html")
+SHOWN = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "MPO", "PNG", "WEBP"}  # what browsers can show
+COPY = 512  # pixels, the longer side of the copy of another picture
+
+
+def write_page(
+    sheet: Path, table: Sequence[Sequence[str]], files: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Write the page beside a sheet that is yet to be written.
+
+    table: the sheet's cells, the header first. files: per row the path of its picture, relative to
+    the sheet's folder, or "" if the row has none; then the page shows its cells. classes: the
+    answers besides "unknown" and "skip". Raises UserError if the sheet exists, because the browser
+    may hold answers to the page. A page without a sheet is from a run that was killed in between.
+    """
+    if os.path.lexists(sheet):
+        raise UserError(f"{sheet} exists: its page is never overwritten")
+    header, *rows = table
+    data = {"sheet": sheet.name, "header": header, "rows": rows, "classes": classes}
+    data |= {"others": (UNKNOWN, SKIP), "pictures": [_picture(sheet.parent, x) for x in files]}
+    # The browser keeps the answers of all pages in one place, each under its key.
+    key = hashlib.sha256(f"{sheet.absolute()}{json.dumps(data)}".encode()).hexdigest()
+    text = json.dumps({"key": key, **data}).replace("<", "\\u003c")  # no </script>, all ASCII
+    page = TEMPLATE.read_text("utf-8").replace("@DATA@", text)
+    write_whole(sheet.with_suffix(".html"), lambda file: file.write(page.encode()))
+
+
+def next_step(sheet: Path) -> str:
+    """What the annotator is to do now that `sheet` has no answers, in one line."""
+    again = "then run the same command again"
+    page = sheet.with_suffix(".html")
+    # Browsers and file managers save a second query_1.csv as "query_1 (1).csv" and the like.
+    copy = re.compile(rf"{sheet.stem}\D.*\.csv")
+    if copies := sorted(name for name in os.listdir(sheet.parent) if copy.fullmatch(name)):
+        place = f"{sheet} has no answers; if {copies[-1]!r} beside it has them"
+        return f"{place}, give that file the name {sheet.name}, {again}"
+    if page.exists():
+        return f"open {page}, or fill in the column label of {sheet}, {again}"
+    return f"fill in the column label of {sheet}, {again}"
+
+
+def _picture(folder: Path, file: str) -> dict[str, str] | None:
+    """Where the page finds a picture, relative to itself, and what it says below it."""
+    if not file:
+        return None
+    link = source = quote(file)
+    note = ""
+    try:
+        with Image.open(folder / file) as image:
+            if image.format not in SHOWN:
+                small, content = upright(image), io.BytesIO()
+                small.thumbnail((COPY, COPY))
+                small.save(content, "PNG")
+                source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+                note = f"A copy, at most {COPY} pixels wide: browsers do not show {image.format}. "
+    except Exception as error:  # Pillow names no common class for broken pictures
+        source, note = "", f"This picture cannot be shown ({type(error).__name__}). "
+    return {"link": link, "source": source, "note": note}
