@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from .files import UserError, write_whole
 from .folder import upright
 from .sheets import SKIP, UNKNOWN
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "MPO", "PNG", "WEBP"}  # what browsers can show
+SHOWN = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "MPO", "PNG", "WEBP"}  # browsers can show these,
+TURNED = {"JPEG", "MPO"}  # and turn these as their EXIF data say
 COPY = 512  # pixels, the longer side of the copy of another picture
 
 
@@ -65,12 +66,13 @@ def _picture(folder: Path, file: str) -> dict[str, str] | None:
     note = ""
     try:
         with Image.open(folder / file) as image:
-            if image.format not in SHOWN:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if image.format not in (TURNED if turned else SHOWN):
                 small, content = upright(image), io.BytesIO()
                 small.thumbnail((COPY, COPY))
                 small.save(content, "PNG")
                 source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-                note = f"A copy, at most {COPY} pixels wide: browsers do not show {image.format}. "
-    except Exception as error:  # Pillow names no common class for broken pictures
-        source, note = "", f"This picture cannot be shown ({type(error).__name__}). "
+                note = f"A small copy, because not all browsers show this {image.format} file. "
+    except Exception:  # Pillow names no common class for broken pictures
+        source, note = "", "This picture cannot be shown. "
     return {"link": link, "source": source, "note": note}
