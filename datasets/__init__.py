@@ -119,7 +119,7 @@ def create(
     which: Known | None = None,
     image_size: int | None = None,
     rotation: bool = True,
-    sheet_encoding: str = "",
+    sheet_encoding: str | None = None,
     encoder: str | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.

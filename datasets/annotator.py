@@ -18,7 +18,9 @@ from .raw import Items, Raw
 
 
 def load(
-    items: Items, sheet_encoding: str = "", encode: Callable[[np.ndarray], np.ndarray] | None = None
+    items: Items,
+    sheet_encoding: str | None = None,
+    encode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[Raw, dict]:
     """All items as training images or vectors, those of test.csv as the test set, in their order.
 

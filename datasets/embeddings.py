@@ -44,7 +44,7 @@ def load(data_dir: Path) -> Raw:
     )
 
 
-def items(data_dir: Path, sheet_encoding: str = "") -> Items:
+def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     """The vectors of DIR/embeddings.npy, for a person to label; items.csv has their names.
 
     Its column `file` may be any text that tells items apart. Raises UserError for a faulty sheet,
