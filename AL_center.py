@@ -1,7 +1,7 @@
 """Baselines for open-set active learning: one classifier is trained, evaluated and queried.
 
-Each round trains a new K-way classifier on the labeled images, measures it, and lets a query
-strategy choose the images whose labels the oracle tells. LfOSA itself is AL_center_temperature.py.
+Each round trains a new K-way classifier on the labeled images, evaluates it, and has a query
+strategy choose the images whose labels the oracle gives. LfOSA itself is AL_center_temperature.py.
 """
 
 import utils
@@ -17,8 +17,7 @@ def main() -> None:
         accuracy = run.evaluate(classifier)
 
         # Query: the images of the pool that the strategy chooses.
-        outputs = run.predict(classifier, split)
-        queried = split.pool[run.select(outputs)]
+        queried = run.query(split, classifier)
 
         # The oracle: known images become labeled.
         run.end_round(accuracy, queried)

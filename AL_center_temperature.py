@@ -1,7 +1,7 @@
 """LfOSA: active learning for open-set annotation (Ning et al., CVPR 2022, algorithm 1).
 
-Each round trains a detector with K + 1 outputs, its last class the unknown images queried so far,
-and a K-way classifier; then it queries the images that are most probably known by the detector's
+Each round trains a detector with K + 1 outputs, the last of which stands for unknown images, and a
+K-way classifier. Then it queries the images that are most probably known, judged by the detector's
 max activation values. The baselines are in AL_center.py.
 """
 
@@ -28,8 +28,7 @@ def main() -> None:
         accuracy = run.evaluate(classifier)
 
         # Active sampling: the images of the pool that are most probably known.
-        outputs = run.predict(detector, split)
-        queried = split.pool[run.select(outputs)]
+        queried = run.query(split, detector, classifier)
 
         # The oracle: known images become labeled, unknown ones invalid.
         run.end_round(accuracy, queried)

@@ -1,34 +1,33 @@
-"""What both scripts share: arguments, seeds, errors, and the run with its files."""
+"""What both scripts share: arguments, errors, and how a run starts."""
 
 import argparse
-import hashlib
-import json
+import contextlib
+import csv
+import difflib
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
 import sys
-import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import joblib
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import datasets
 import models
-from datasets import DATASETS, OpenSetData, open_set
-from datasets.files import write_whole
-from datasets.sheets import write_sheet
+from datasets import DATASETS, VECTORS
 from errors import Stopped, UserError, tell
-from experiment.files import Journal, claim, load_checkpoint, versions
-from models import augment, parallel
-from query_strategies import STRATEGIES, PoolOutputs, select
+from experiment.annotated import AnnotatedRun
+from experiment.protocols import PROTOCOLS
+from experiment.run import Run
+from models import parallel
+from query_strategies import STRATEGIES
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -62,32 +61,66 @@ def folder(text: str) -> str:
         raise ArgumentTypeError(f"{error} Give the whole path.") from None
 
 
+def encoder(text: str) -> str:
+    """argparse type: a network of torchvision's that can encode images."""
+    if text not in (names := datasets.encoder.names()):
+        near = difflib.get_close_matches(text, names, n=3, cutoff=0)
+        raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
+    return text
+
+
+def listed(text: str) -> list[str]:
+    """argparse type: names between commas; a name with a comma stands in double quotes."""
+    return next(csv.reader([text]))
+
+
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
 POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=True)
 TEMPERATURE = number(float, 1e-30, 1e30)  # float32 goes a little further
 
 
+# What a run's name tells in its published part, or what does not change the experiment.
+NAMED = "dataset data_dir query_strategy known_class init_percent query_batch max_query seed model"
+
+
 def parse_arguments(description: str, detector: bool) -> Namespace:
     """The command line of either script; `detector` adds LfOSA's temperatures and its strategy.
 
-    `settings` holds the arguments that lead away from the published setting, as they show in the
-    run's name.
+    Two more attributes: `settings`, how the arguments that lead away from the published setting
+    show in the run's name, and `given`, the names of all arguments that are not the default.
     """
+    strategies = [*STRATEGIES]
+    if not detector:
+        strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--dataset", choices=DATASETS, default="digits")
-    dataset = early.parse_known_args()[0].dataset
+    early.add_argument("--encoder", type=encoder)
+    early.add_argument("--protocol", choices=PROTOCOLS, default="LfOSA")
+    first = "AV_temperature" if detector else "uncertainty"
+    early.add_argument("--query-strategy", choices=strategies, default=first)
+    chosen = early.parse_known_args()[0]
+    defaults = vars(models.Settings()) | vars(chosen) | DATASETS[chosen.dataset].defaults
+    defaults |= PROTOCOLS[chosen.protocol].defaults
+    if chosen.encoder or chosen.dataset == "embeddings":
+        defaults |= VECTORS | {"encoder": None}
+    defaults |= getattr(STRATEGIES[chosen.query_strategy], "DEFAULTS", {})
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",
         description=description,
-        epilog=f"The defaults are those of {dataset}; --dataset cifar100 --help shows others.",
+        epilog=f"""The defaults are those of {chosen.dataset}. Others: --dataset cifar100 --help.
+--protocol EOAL or EAOA sets the known classes of these papers, --drop-unknown, --feat-dim 0,
+--stepsize 60, --max-query 11, --model resnet18-narrow, and --max-epoch 300 (EOAL) or
+--max-epoch 200 --no-rotation (EAOA). Single flags override them.""",
         allow_abbrev=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
     )
 
-    def add(group, flag: str, kind: object, default: object, metavar: str, text: str = "") -> None:
-        """kind: an argparse type or a list of names. The data set may replace `default`."""
-        default = DATASETS[dataset].defaults.get(flag[2:].replace("-", "_"), default)
+    def add(
+        group, flag: str, kind: object, metavar: str, text: str, default: object = None
+    ) -> None:
+        """kind: an argparse type or a list of names. `defaults` go before `default`."""
+        default = defaults.get(flag[2:].replace("-", "_"), default)
         more = {"type": kind}
         if isinstance(kind, list):
             more, text = {"choices": kind}, text + ", ".join(kind)
@@ -97,122 +130,123 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     def switch(group, flag: str, text: str) -> None:
         group.add_argument(flag, action="store_true", help=text)
 
-    strategies = [*STRATEGIES]
-    if not detector:
-        strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
-    first = "AV_temperature" if detector else "uncertainty"
-    group = parser.add_argument_group("experiment")
-    add(group, "--dataset", [*DATASETS], dataset, "NAME")
-    add(group, "--data-dir", folder, "~/data", "DIR", "folder of the data sets")
-    add(group, "--query-strategy", strategies, first, "NAME")
-    add(group, "--known-class", COUNT, None, "K", "number of known classes")
-    add(group, "--init-percent", PERCENT, None, "P", "percent of known images labeled at first")
-    add(group, "--query-batch", COUNT, None, "N", "images queried per round")
-    add(group, "--max-query", COUNT, 10, "N", "rounds")
-    add(group, "--seed", SIZE, 1, "N", "seed of every random draw")
-    which = group.add_mutually_exclusive_group()
-    add(which, "--class-seed", SIZE, None, "N", "shuffle the classes; the first K are known")
-    listed = partial(str.split, sep=",")
-    add(which, "--known", listed, None, "A,B", "names of the known classes instead")
-    add(group, "--image-size", COUNT, None, "N", "pixels, height and width of a folder's images")
-    switch(group, "--drop-unknown", "queried unknown images leave the pool, as in later papers")
-    switch(group, "--augment-pool", "query through the training augmentation, as released")
-    group = parser.add_argument_group("network and training")
-    add(group, "--model", [*models.NETWORKS], None, "NAME")
-    add(group, "--feat-dim", SIZE, None, "F", "features before the last layer; 0: plain ResNet")
-    add(group, "--max-epoch", SIZE, None, "N", "epochs of training per round and network")
-    add(group, "--batch-size", COUNT, None, "N", "images per training step")
-    add(group, "--lr-model", POSITIVE, None, "LR", "learning rate of the networks")
-    add(group, "--stepsize", COUNT, 20, "N", "epochs between decays of the learning rate")
-    add(group, "--gamma", POSITIVE, 0.5, "X", "factor of each decay")
-    add(group, "--weight-cent", WEIGHT, 0.0, "X", "weight of the center loss")
-    add(group, "--lr-cent", POSITIVE, 0.5, "LR", "learning rate of the centers")
-    add(group, "--dropout", RATE, 0.5, "P", "on the pooled vector, only for BALD")
-    add(group, "--mc-samples", COUNT, 20, "N", "dropout masks that BALD averages over")
+    def either(group, flag: str, text: str, default: bool) -> None:
+        """--flag and --no-flag."""
+        default = defaults.get(flag[2:].replace("-", "_"), default)
+        group.add_argument(flag, help=text, default=default, action=argparse.BooleanOptionalAction)
+
+    # In a group, --help lists the arguments in this order; over all groups, so does a run's name.
+    experiment = parser.add_argument_group("experiment")
+    training = parser.add_argument_group("network and training")
+    add(experiment, "--dataset", [*DATASETS], "NAME", "")
+    add(experiment, "--data-dir", folder, "DIR", "folder of the data sets", "~/data")
+    add(experiment, "--query-strategy", strategies, "NAME", "")
+    add(experiment, "--known-class", COUNT, "K", "number of known classes")
+    add(experiment, "--init-percent", PERCENT, "P", "percent of known images labeled at first")
+    add(experiment, "--query-batch", COUNT, "N", "images queried per round")
+    add(experiment, "--max-query", COUNT, "N", "rounds", 10)
+    add(experiment, "--seed", SIZE, "N", "seed of every random draw", 1)
+    add(experiment, "--protocol", [*PROTOCOLS], "NAME", "a paper's setting, see below: ")
+    which = experiment.add_mutually_exclusive_group()
+    add(which, "--class-seed", SIZE, "N", "shuffle the classes; the first K are known")
+    add(training, "--model", [*models.NETWORKS], "NAME", "")
+    add(training, "--max-epoch", SIZE, "N", "epochs of training per round and network")
+    add(training, "--feat-dim", SIZE, "F", "features before the last layer; 0: plain network")
+    add(training, "--batch-size", COUNT, "N", "images per training step")
+    add(training, "--lr-model", POSITIVE, "LR", "learning rate of the networks")
+    add(training, "--stepsize", COUNT, "N", "epochs between decays of the learning rate")
+    add(training, "--gamma", POSITIVE, "X", "factor of each decay")
+    add(training, "--weight-cent", WEIGHT, "X", "weight of the center loss")
+    either(experiment, "--drop-unknown", "queried unknown images leave the pool", False)
+    switch(experiment, "--augment-pool", "query through the training augmentation, as released")
+    either(experiment, "--rotation", "rotate images in the training augmentation", True)
+    add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
+    add(which, "--known", listed, "A,B", "names of the known classes instead")
+    add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
+    add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
+    add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")
+    add(training, "--dropout", RATE, "P", "on the pooled vector, only for BALD")
+    add(training, "--mc-samples", COUNT, "N", "dropout masks that BALD averages over")
+    shown = [*vars(parser.parse_args([]))]  # what was added so far
     if detector:
         group = parser.add_argument_group("LfOSA: temperatures in training")
-        add(group, "--known-T", TEMPERATURE, 0.5, "T", "of the detector's labeled images")
-        add(group, "--unknown-T", TEMPERATURE, 0.5, "T", "of the detector's invalid images")
-        add(group, "--modelB-T", TEMPERATURE, 1.0, "T", "of the classifier")
+        add(group, "--known-T", TEMPERATURE, "T", "of the detector's labeled images", 0.5)
+        add(group, "--unknown-T", TEMPERATURE, "T", "of the detector's invalid images", 0.5)
+        add(group, "--modelB-T", TEMPERATURE, "T", "of the classifier", 1.0)
     group = parser.add_argument_group("machine")
-    add(group, "--gpu", SIZE, 0, "N", "CUDA device; under torchrun that of the first process")
+    add(group, "--gpu", SIZE, "N", "CUDA device; under torchrun that of the first process", 0)
     switch(group, "--use-cpu", "even where there is a GPU")
-    add(group, "--eval-batch-size", COUNT, 256, "N", "images per step without training")
-    add(group, "--amp", [*models.AMP], "off", "TYPE", "mixed precision: ")
+    add(group, "--eval-batch-size", COUNT, "N", "images per step without training")
     switch(group, "--compile", "compile the networks with torch.compile")
     switch(group, "--deterministic", "only deterministic kernels on CUDA")
     group = parser.add_argument_group("files")
-    add(group, "--save-dir", folder, "log_AL", "DIR", "folder of logs and checkpoints")
+    add(group, "--save-dir", folder, "DIR", "folder of logs and checkpoints", "log_AL")
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
-    add(group, "--checkpoint-seconds", WEIGHT, 60, "S", "seconds between checkpoints in training")
-    either = group.add_mutually_exclusive_group()
-    switch(either, "--resume", "go on from the checkpoint, if there is one")
-    switch(either, "--overwrite", "replace the files of an earlier run")
+    add(group, "--checkpoint-seconds", WEIGHT, "S", "seconds between checkpoints in training", 60)
+    one = group.add_mutually_exclusive_group()
+    switch(one, "--resume", "go on from the checkpoint, if there is one")
+    switch(one, "--overwrite", "replace the files of an earlier run")
     args = parser.parse_args()
-    args.settings = _settings(args, parser)
+    args.given = [key for key, value in vars(args).items() if value != parser.get_default(key)]
+    if fault := _senseless(args):
+        parser.error(fault)
+    if args.protocol != "LfOSA":
+        args.given.insert(0, "protocol")
+    args.settings = _settings(args, [key for key in args.given if key in shown])
     return args
 
 
-def _settings(args: Namespace, parser: Parser) -> str:
-    """Flags that change the experiment and are not in the published name: '__flag-value_...'."""
-    keys = ["class_seed", "max_epoch", "feat_dim", "batch_size", "lr_model", "stepsize", "gamma"]
-    keys += ["weight_cent", "drop_unknown", "augment_pool", "amp", "known", "image_size"]
-    if args.weight_cent > 0:
-        keys.append("lr_cent")
-    if "mc_logits" in STRATEGIES[args.query_strategy].READS:
-        keys += ["dropout", "mc_samples"]
+def _senseless(args: Namespace) -> str:
+    """What is wrong with arguments that have no meaning together; "" if nothing is."""
+    vectors = args.encoder or args.dataset == "embeddings"
+    if args.encoder and args.dataset == "embeddings":
+        return "--encoder is for images, not for --dataset embeddings"
+    if vectors and args.model != "mlp":
+        return f"--model {args.model} is for images: embeddings need mlp"
+    if args.model == "mlp" and not vectors:
+        return "--model mlp is for embeddings: add --encoder NAME or --dataset embeddings"
+    for key in ("augment_pool", "image_size", "rotation"):
+        if vectors and key in args.given:
+            return f"--{key.replace('_', '-')} has no meaning with embeddings"
+    return ""
+
+
+def _settings(args: Namespace, shown: list[str]) -> str:
+    """The arguments that lead away from the published setting: '__flag-value_...'."""
+    idle = NAMED.split() + ["lr_cent"] * (args.weight_cent == 0)
+    if "mc_logits" not in STRATEGIES[args.query_strategy].READS:
+        idle += ["dropout", "mc_samples"]
     parts = []
-    for key in keys:
-        if (value := getattr(args, key)) != parser.get_default(key):
-            parts.append(key.replace("_", "-") + ("" if value is True else _show(value)))
+    for key in shown:
+        if key not in idle:
+            value = getattr(args, key)
+            flag = ("no-" if value is False else "") + key.replace("_", "-")
+            flag += "-" * (isinstance(value, str) and key != "amp")  # so it is in shipped logs
+            parts.append(flag if isinstance(value, bool) else f"{flag}{_show(value)}")
     return "__" + "_".join(parts) if parts else ""
 
 
 def _show(value: object) -> str:
     if isinstance(value, list):
-        return re.sub(r"[^a-zA-Z0-9.,+-]", "-", ",".join(value))
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+        return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 
 
-def run_name(args: Namespace, data: OpenSetData) -> str:
-    """The published name of a run's log, without '.pkl', and `settings` at its end.
-
-    An annotator's name leaves out K, init and batch, because they change between rounds.
-    """
-    start = f"_known{args.known_class}_init{_show(args.init_percent)}_batch{args.query_batch}"
-    start = "" if data.sheets else start
-    name = f"{args.model}_{data.name}{start}_seed{args.seed}_{args.query_strategy}"
-    if hasattr(args, "known_T"):
-        name = f"temperature_{name}_unknown_T{args.unknown_T}_known_T{args.known_T}"
-        name += f"_modelB_T{args.modelB_T}"
-    return name + args.settings
-
-
-# ---- seeds and errors -----------------------------------------------------------------------
-
-
-def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator that depends on the seed and the purpose of its draws alone.
-
-    So no draw depends on what else was drawn before it: a resumed run, or one with another
-    strategy, sees the same numbers.
-    """
-    key = "/".join(map(str, (seed, *purpose)))
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+# ---- errors -----------------------------------------------------------------------
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; turn what the user can mend into one line and exit status 2.
+    """Run `main`; turn an error that the user can fix into one line and exit status 2.
 
     After a stop by a signal the exit status is 128 plus its number. A bug ends in a traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the script
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a traceback
+        with contextlib.suppress(AttributeError):  # a notebook's output shows every character
+            getattr(sys, name).reconfigure(errors="replace")
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a traceback
     status, error = 0, None
     try:
         main()
@@ -234,6 +268,8 @@ def run_script(main: Callable[[], None]) -> None:
             tell("another process has ended")  # torchrun tells which
         else:
             raise
+    finally:
+        signal.signal(signal.SIGINT, before)  # a notebook lives on
     if error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
     if dist.is_initialized() and status == 0:
@@ -241,281 +277,21 @@ def run_script(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-# ---- the run ------------------------------------------------------------------------------------
-
-FORMAT = 3  # of the checkpoint; version 1 had other rules for ties and repeated queries
-STATE = ("experiment", "answers", "round", "log", "queries", "networks")
-# Arguments that change the last bits of a result, and that a run's name does not tell.
-ROUNDING = ("eval_batch_size", "compile", "deterministic")
-SIMULATION = {"--init-percent", "--known-class", "--max-query", "--drop-unknown"}
-SIMULATION |= {"--known", "--class-seed"}
-COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
+# ---- start ----------------------------------------------------------------------------------
 
 
-def start(description: str, detector: bool) -> "Run":
+def start(description: str, detector: bool) -> Run:
     """Parse the command line, read the data, and begin a run or go on from its checkpoint."""
     args = parse_arguments(description, detector)
+    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch does not see a container's quota
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
+    if parallel.launched() and hasattr(STRATEGIES[args.query_strategy], "objective"):
+        raise UserError(f"{args.query_strategy} runs in one process: leave out torchrun")
     device = parallel.setup_device(args)
-    which = args.known_class, args.class_seed, args.known, args.image_size
-    data = datasets.create(args.dataset, Path(args.data_dir), device, *which)
+    order = PROTOCOLS[args.protocol].class_order.get(args.dataset)
+    known = datasets.Known(args.known_class, args.known, args.class_seed, order)
+    more = {"image_size": args.image_size, "rotation": args.rotation}
+    more["encoder"] = args.encoder
+    data = datasets.create(args.dataset, Path(args.data_dir), device, known, **more)
     parallel.keep_memory(device)  # after the reading: its temporary copies went back to the system
-    return Run(args, device, data)
-
-
-class Run:
-    """A run of one of the two scripts: rounds, networks, measures, and the files NAME.*.
-
-    Under torchrun rank 0 alone has files. Raises UserError if another process has the run, if
-    its checkpoint cannot be used, or if the save-dir cannot be written.
-    """
-
-    def __init__(self, args: Namespace, device: torch.device, data: OpenSetData) -> None:
-        self.args, self.device, self.data = args, device, data
-        self.reads = STRATEGIES[args.query_strategy].READS
-        self.prediction = {key: vars(args)[key] for key in ("eval_batch_size", "amp", "compile")}
-        if data.sheets is None:
-            draws = generator(args.seed, "split")
-            self.split = open_set.initial_split(data.known, args.init_percent, draws)
-        else:
-            given = {word.partition("=")[0] for word in sys.argv}
-            if useless := given & SIMULATION:
-                raise UserError(f"{min(useless)} is not for use with labels.csv: the sheets decide")
-            self.split, args.resume = data.split, not args.overwrite
-        args.known_class = data.num_known
-        batch = 50 if data.sheets else max(1, len(self.split.pool) // 20)
-        args.query_batch = args.query_batch or batch
-        self.round = 0  # rounds done
-        self.log: dict[str, dict] = {"Acc": {}, "Err": {}, "Precision": {}, "Recall": {}}
-        self.queries: list[Tensor] = []  # per round, indices into the training images
-        self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
-        self.saved = time.monotonic()
-        self.path = Path(args.save_dir) / run_name(args, data)
-        self.experiment = {"format": FORMAT, "name": self.path.name, "data": data.identity}
-        self.experiment |= {key: vars(args)[key] for key in ROUNDING}
-        self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
-        self.answers = data.answers
-        self.journal: Journal | None = None
-        if state := parallel.from_rank0(self._open):
-            self.split = open_set.Split(*state["split"])
-            for key in STATE:
-                setattr(self, key, state[key])
-        if data.sheets:
-            self._take_answers()
-        if parallel.rank() == 0:
-            self._begin()
-
-    def rounds(self) -> Iterator[open_set.Split]:
-        """Yield who is labeled, invalid and in the pool, as long as there is a round to do."""
-        sheets, last = self.data.sheets, self.args.max_query
-        if sheets:  # one round, and then it is the person's turn
-            answered = not sheets.queries or any(sheets.queries[-1].values())
-            last = self.round + answered
-        while self.round < last and len(self.split.pool):
-            self.began = time.monotonic()
-            yield self.split
-        if sheets and len(self.split.pool):
-            sheet = f"{self.data.identity}/query_{self.round}.csv"
-            self.say(f"fill in the column label of {sheet}, then run the same command again")
-            return
-        why = "" if len(self.split.pool) else " (the pool is empty)"
-        self.say(f"finished after {self.round} rounds{why}: {self.path}.pkl")
-        self.say(f"draw it with: python plot.py --log-dir {shlex.quote(str(self.path.parent))}")
-
-    def train(
-        self, name: str, outputs: int, indices: Tensor, temperature: Sequence[float] | None = None
-    ) -> models.ResNet:
-        """A network of this round, trained on the images `indices`; see models.train.
-
-        name: "detector" or "classifier". The detector is queried; without one, the classifier. A
-        network in the checkpoint is not trained again. Raises Stopped after a signal.
-        """
-        args = self.args
-        queried = name == "detector" or not hasattr(args, "known_T")
-        dropout = args.dropout if queried and "mc_logits" in self.reads else 0.0
-        draws = self.generator(name, "init")
-        network = models.create(args.model, outputs, args.feat_dim, draws, self.device, dropout)
-        if name == "detector" and not self.reads:
-            return network  # nobody reads it: the strategy is random
-
-        def keep(state: dict) -> None:
-            self.networks[name] = state
-            self.save()
-            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
-                raise Stopped(signals[0] if signals else signal.SIGTERM)  # none: another rank's
-
-        def after_epoch(epoch: int, loss: float, snapshot: Callable[[], dict]) -> None:
-            self.record(f"loss/{name}", loss, self.round * args.max_epoch + epoch)
-            due = time.monotonic() - self.saved >= args.checkpoint_seconds
-            if epoch < args.max_epoch and parallel.any_rank(due or bool(signals)):
-                keep(snapshot())
-
-        keys = "max_epoch batch_size lr_model stepsize gamma weight_cent lr_cent amp compile"
-        settings = {key: getattr(args, key) for key in keys.split()}
-        settings |= {"temperature": temperature, "num_centers": self.data.num_known}
-        settings["state"] = self.networks.get(name)
-        images = self.data.train, self.data.targets, indices
-        with parallel.noted_signals() as signals:
-            draws = partial(self.generator, name)
-            models.train(network, *images, draws, after_epoch=after_epoch, **settings)
-            keep({"epoch": args.max_epoch, "network": network.state_dict()})
-        return network
-
-    def evaluate(self, network: models.ResNet) -> float:
-        """Accuracy on the test images of the known classes, in percent; NaN if there are none."""
-        return models.evaluate(network, self.data.test, self.data.test_targets, **self.prediction)
-
-    def predict(self, network: models.ResNet, split: open_set.Split) -> PoolOutputs:
-        """What the strategy reads: of the pool, and of the labeled images."""
-        args, data, outputs = self.args, self.data, {}
-        masks = parameters = None
-        if "mc_logits" in self.reads:
-            masks = models.dropout_masks(network, args.mc_samples, self.generator("dropout"))
-        if args.augment_pool and self.reads:
-            draws = self.generator("augment-pool")
-            parameters = augment.draw(data.train, len(split.pool), draws)
-        for prefix, indices in (("", split.pool), ("labeled_", split.labeled)):
-            fields = ("features", "logits", "mc_logits")
-            fields = [field for field in fields if prefix + field in self.reads]
-            if fields:
-                more = {"masks": masks, "parameters": None if prefix else parameters}
-                more |= self.prediction
-                found = models.predict(network, data.train, indices, fields, **more)
-                outputs |= {prefix + field: tensor for field, tensor in found.items()}
-        if "labeled_targets" in self.reads:
-            outputs["labeled_targets"] = data.targets[split.labeled.to(self.device)]
-        return PoolOutputs(len(split.pool), data.num_known, **outputs)
-
-    def select(self, outputs: PoolOutputs) -> Tensor:
-        """Positions in the pool that the strategy queries, (n,) int64 on the CPU, best first."""
-        name = self.args.query_strategy
-        draws = self.generator("query", name)
-        return parallel.from_rank0(lambda: select(name, outputs, self.args.query_batch, draws))
-
-    def end_round(self, accuracy: float, queried: Tensor) -> None:
-        """Measure the round, let the oracle answer for `queried`, and write the round's files.
-
-        accuracy: in percent. queried: indices into the training images, in order of the query.
-        """
-        data, split, done = self.data, self.split, self.round
-        measures = {"Acc": accuracy, "Err": 100 - accuracy} if len(data.test_targets) else {}
-        if data.sheets is None:
-            measures["Precision"] = open_set.precision(queried, data.known)
-            measures["Recall"] = open_set.recall(split, queried, data.known)
-        for name, value in measures.items():
-            self.log[name][done] = value
-            self.record(name, value, done)
-        cells = [f"{len(indices):,}" for indices in split]
-        for name, form in (("Acc", ".2f"), ("Precision", ".3f"), ("Recall", ".3f")):
-            value = self.log[name].get(done)
-            if data.sheets and name == "Precision":  # of the newest answers
-                value = self.log[name].get(done - 1)
-            cells.append("-" if value is None else format(value, form))
-        self.say(done, *cells, f"{time.monotonic() - self.began:.1f}")
-        self.queries = [*self.queries[:done], queried]
-        if self.args.save_model and parallel.rank() == 0:
-            content = {"arguments": vars(self.args), "classes": list(data.classes)}
-            dataset = DATASETS[self.args.dataset]
-            content |= {"mean": dataset.mean, "std": dataset.std}
-            content |= {name: state["network"] for name, state in self.networks.items()}
-            write_whole(f"{self.path}.model.pt", partial(torch.save, content))
-        if data.sheets is None:
-            self.split = open_set.update(split, queried, data.known, self.args.drop_unknown)
-            self.round, self.networks = done + 1, {}
-        self.save()  # last: a run killed before this prints the round again, but loses nothing
-        if data.sheets:
-            self._ask(queried)
-            self.round += 1
-
-    def _take_answers(self) -> None:
-        """Begin the round after the annotator's newest query sheet, or go on with it."""
-        sheets, self.split = self.data.sheets, self.data.split
-        done, answers = len(sheets.queries), self.data.answers
-        if (self.round, self.answers) != (done, answers):
-            if self.round == done and self.networks and parallel.rank() == 0:
-                tell("answers or images changed after this round began: it starts again")
-            self.round, self.answers, self.networks = done, answers, {}
-        self.log["Precision"] = sheets.precisions()
-
-    def _ask(self, queried: Tensor) -> None:
-        """Write what the classifier predicts of the pool, and the sheet for the annotator."""
-        data, pool = self.data, self.split.pool
-        classifier = self.train("classifier", data.num_known, self.split.labeled)  # trained before
-        logits = models.predict(classifier, data.train, pool, **self.prediction)["logits"]
-        if parallel.rank() > 0:
-            return
-        per_class = torch.bincount(data.targets[self.split.labeled.to(self.device)]).tolist()
-        counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=False))
-        self.say(f"labeled: {', '.join(counts)}")
-        probability, label = logits.double().softmax(1).max(1)
-        found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
-        rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
-        write_sheet(f"{self.path}_predictions.csv", "file class probability", rows.values())
-        sheet = f"{data.identity}/query_{self.round + 1}.csv"
-        asked = [rows[i] for i in queried.tolist()]
-        write_sheet(sheet, "file predicted probability label", asked)  # the last act
-
-    def generator(self, *purpose: object) -> torch.Generator:
-        """The generator of this round's draws for a purpose."""
-        return generator(self.args.seed, self.round, *purpose)
-
-    # The files NAME.*: .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (text)
-
-    def _open(self) -> dict | None:
-        """Claim the files NAME.*; return the state in the checkpoint to go on from, if any."""
-        with torch.device("meta"):  # sizes without the memory
-            network = models.ResNet(self.args.model, self.data.num_known + 1, self.args.feat_dim)
-        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
-        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
-        need = 2 * 12 + 8 * self.args.save_model
-        need *= sum(parameter.numel() for parameter in network.parameters())
-        self.lock, there = claim(self.path, self.args.resume, self.args.overwrite, need)
-        return load_checkpoint(there, self.experiment) if there else None
-
-    def _begin(self) -> None:
-        """Write the first checkpoint, open NAME.log and TensorBoard's file, print what will run."""
-        args, data, path = self.args, self.data, self.path
-        self.save()
-        if args.overwrite:
-            Path(f"{path}.model.pt").unlink(missing_ok=True)
-        self.journal = Journal(path, not args.no_tensorboard, args.overwrite)
-        cuda = self.device.type == "cuda"
-        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
-        where += f", {torch.get_num_threads()} threads"
-        self.journal.note(f"{vars(args)}, {versions()}, {where}")
-        labeled, _, pool = self.split
-        unknown = "some" if data.sheets else len(data.classes) - data.num_known
-        classes = f"{data.name}: {data.num_known} known and {unknown} unknown classes"
-        self.say(f"{classes}, {len(labeled):,} images labeled, {len(pool):,} in the pool")
-        features = f"{args.feat_dim or 'plain'} features"
-        training = f"{args.query_strategy} on {args.model}, {features}, {args.max_epoch} epochs"
-        self.say(f"{training}, {where}")
-        self.say(f"{path}.pkl: {self.round} rounds done")
-        if data.left_out:
-            self.say(f"{len(data.left_out)} images are left out; {path}.log lists them")
-        for name, fault in data.left_out.items():
-            self.journal.note(f"left out: {name}: {fault}")
-        self.say(*COLUMNS)
-
-    def save(self) -> None:
-        """Write NAME.pt, then NAME.pkl and NAME.queries.json, which follow from it (rank 0)."""
-        self.saved = time.monotonic()
-        if parallel.rank() > 0:
-            return
-        state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
-        write_whole(f"{self.path}.pt", partial(torch.save, state))
-        write_whole(f"{self.path}.pkl", partial(pickle.dump, self.log, protocol=4))
-        if self.data.sheets is None:  # the sheets say what was queried
-            queries = json.dumps([queried.tolist() for queried in self.queries]).encode()
-            write_whole(f"{self.path}.queries.json", lambda file: file.write(queries))
-
-    def say(self, *cells: object) -> None:
-        """A line, or a row of cells, for the terminal and NAME.log (rank 0)."""
-        line = cells[0] if len(cells) == 1 else "".join(f"{cell:>10}" for cell in cells)
-        if self.journal:
-            self.journal.note(line)
-            tell(line)
-
-    def record(self, name: str, value: float, step: int) -> None:
-        """A number for TensorBoard (rank 0)."""
-        if self.journal:
-            self.journal.record("scalar", name, value, step)
+    return (AnnotatedRun if data.sheets else Run)(args, device, data, detector)

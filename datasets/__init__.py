@@ -17,9 +17,12 @@ from torch import Tensor
 
 from errors import UserError
 from models import augment
+from models import embeddings as vectors
 from models.augment import Images
+from models.embeddings import Embeddings
 
-from . import annotator, cifar, digits, folder, tiny_imagenet
+from . import annotator, cifar, digits, embeddings, folder, tiny_imagenet
+from .encoder import Encoder
 from .open_set import Split
 from .raw import Raw
 from .sheets import Sheets
@@ -29,9 +32,9 @@ class Dataset(NamedTuple):
     """What the project knows of a data set before reading it."""
 
     load: Callable  # takes data_dir, for a folder the image size too; returns raw.Raw
-    mean: tuple  # per channel, of pixels in [0, 1]
-    std: tuple
     defaults: dict  # arguments whose published value depends on the data set
+    mean: tuple = ()  # of images: per channel, of pixels in [0, 1]
+    std: tuple = ()
     flip: bool = True  # whether augmentation mirrors images
 
 
@@ -39,6 +42,8 @@ _PUBLISHED = dict(query_batch=1500, max_epoch=100, model="resnet18", feat_dim=2)
 _PUBLISHED |= dict(batch_size=128, lr_model=0.01)
 _SMALL = dict(max_epoch=100, model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01)
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+VECTORS = dict(model="mlp", feat_dim=0, image_size=None)  # of embeddings, whatever they are of
 
 DATASETS = {
     "cifar10": Dataset(
@@ -68,87 +73,140 @@ DATASETS = {
     "folder": Dataset(
         folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
     ),
+    "embeddings": Dataset(
+        embeddings.load, defaults=_SMALL | VECTORS | dict(init_percent=8, batch_size=128)
+    ),
 }
+OWN = ("folder", "embeddings")  # data of the user's, in which a person may be the oracle
+
+
+class Known(NamedTuple):
+    """Which classes are known: those of `names`, or else the first `count` of an order."""
+
+    count: int | None = None  # None: the default of the data set, of a folder half of its classes
+    names: list[str] | None = None
+    seed: int | None = None  # shuffles the data set's own order, the published one
+    order: str | None = None  # or class ids of a protocol; classes that it leaves out come last
 
 
 class OpenSetData(NamedTuple):
     """A data set on the device, with its classes renumbered: known 0..K-1, all unknown K."""
 
     name: str  # as it stands in a log's name
-    train: Images
+    train: Images | Embeddings
     targets: Tensor  # (N,) int64 on the device, 0..K
     known: Tensor  # (N,) bool on the CPU: targets < K
-    test: Images  # the test images of the known classes only
+    test: Images | Embeddings  # those of the known classes only
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
     classes: tuple[str, ...]  # names, the K known ones first
     num_known: int  # K
-    identity: str  # a hash of the data, or the path of an annotator's folder
+    preprocessing: dict  # mean and std; the encoder and its weights
+    identity: str  # a hash of the data, or the name of an annotator's folder
     names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
     answers: str = ""  # hex digits that change with the answers or the pool
-    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of images that are not used
+    left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
+    folder: Path | None = None  # where the annotator's sheets are
+    columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else these tell of training images
 
 
 def create(
     name: str,
     data_dir: Path,
     device: torch.device,
-    known_class: int | None = None,
-    class_seed: int | None = None,
-    known: list[str] | None = None,
+    which: Known | None = None,
     image_size: int | None = None,
+    rotation: bool = True,
+    sheet_encoding: str = "",
+    encoder: str | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
 
-    `known` names the known classes. Without it they are the first `known_class` (None: the default
-    of the data set, of a folder half of its classes) in the data set's own order, as published,
-    or after shuffling all classes with class_seed. image_size is that of the images of a folder,
-    64 by default. Raises UserError if the data cannot be had, or if a run would lack an unknown
-    class or images of a known one.
+    image_size is that of the images of a folder, 64 by default. rotation: whether augmentation
+    rotates images. sheet_encoding: see sheets.read. encoder: whose embeddings take the place of
+    the images. Raises UserError if the data cannot be had, or if a run would lack an unknown class
+    or images of a known one.
     """
-    dataset, own = DATASETS[name], name == "folder"
-    if image_size and not own:
+    dataset, own, which = DATASETS[name], name in OWN, which or Known()
+    if image_size and name != "folder":
         raise UserError("--image-size works only with --dataset folder")
-    size, more = {"size": image_size or 64} if own else {}, {}
+    coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
+    size, more = {}, {}
+    if name == "folder":
+        size = {"size": coder.fit if coder else image_size or 64}
     try:
         if own and (data_dir / "labels.csv").is_file():
-            raw, more = annotator.load(data_dir, **size)
-            K, identity = len(raw.classes), str(data_dir.resolve())
+            more = {"sheet_encoding": sheet_encoding}
+            items = folder.items(data_dir, **size) if size else embeddings.items(data_dir, **more)
+            raw, more = annotator.load(items, **more, encode=coder and coder.encode)
+            name = annotator.name(data_dir)
+            K, identity = len(raw.classes), name
         else:
             raw = dataset.load(data_dir, **size)
-            known_class = known_class or dataset.defaults.get("known_class")
-            raw, K, identity = _renumbered(raw, known_class, class_seed, known, own)
+            name = folder.log_name(data_dir, raw.digest[:8]) if own else name
+            which = which._replace(count=which.count or dataset.defaults.get("known_class"))
+            raw, K, identity = _renumbered(coder.embed(raw) if coder else raw, which)
+        train, test, preprocessing = _inputs(raw, dataset, rotation, device)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
-    name = folder.log_name(data_dir) if own else name
-    padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
-    style = dataset.mean, dataset.std, padding, dataset.flip, device
-    train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        smaller = " or lower --image-size" if name == "folder" else ""
+        raise UserError(f"the data does not fit into memory: free some{smaller}") from error
+    if coder:
+        preprocessing |= {"encoder": encoder, "weights": coder.weights.name}
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
-    sets = train, targets.to(device), targets < K, test, test_targets.to(device)
-    return OpenSetData(name, *sets, raw.classes, K, identity, **more)
+    return OpenSetData(
+        name=name,
+        train=train,
+        targets=targets.to(device),
+        known=targets < K,
+        test=test,
+        test_targets=test_targets.to(device),
+        classes=raw.classes,
+        num_known=K,
+        preprocessing=preprocessing,
+        identity=identity,
+        **more,
+    )
 
 
-def _renumbered(
-    raw: Raw, known_class: int | None, class_seed: int | None, known: list[str] | None, own: bool
-) -> tuple[Raw, int, str]:
+def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) -> tuple:
+    """Training and test images or vectors on the device, and how they are normalised."""
+    if raw.train.ndim == 2:
+        train, test = vectors.to_device(raw.train, raw.test, device)
+        return train, test, {"mean": train.mean.cpu(), "std": 1 / train.scale.cpu()}
+    padding = raw.train.shape[1] // 8  # the published 4 for CIFAR
+    degrees = augment.DEGREES if rotation else 0
+    style = dataset.mean, dataset.std, padding, dataset.flip, degrees, device
+    train, test = (augment.to_device(images, *style) for images in (raw.train, raw.test))
+    return train, test, {"mean": dataset.mean, "std": dataset.std}
+
+
+def _renumbered(raw: Raw, which: Known) -> tuple[Raw, int, str]:
     """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
 
-    own: whether other data may have the same name. Returns also K and the identity. Raises
-    UserError if a known class lacks images, or if no training image is unknown.
+    Returns also K and the identity. Raises UserError if a known class lacks images, or if no
+    training image is unknown.
     """
     count = len(raw.classes)
-    order, K = np.arange(count), known_class or count // 2
-    if known is not None:
-        for name in set(known) - set(raw.classes):
+    order, K = np.arange(count), which.count or count // 2
+    if which.names is not None:
+        which = which._replace(names=folder.class_names(which.names, raw.classes))
+        for name in set(which.names) - set(raw.classes):
             raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
-        order, K = np.argsort(~np.isin(raw.classes, known), kind="stable"), len(set(known))
-    elif class_seed is not None:
-        order = np.random.default_rng(class_seed).permutation(count)
+        order = np.argsort(~np.isin(raw.classes, which.names), kind="stable")
+        K = len(set(which.names))
+    elif which.seed is not None:
+        order = np.random.default_rng(which.seed).permutation(count)
+    elif which.order:
+        first = np.array(which.order.split(), np.int64)
+        if len(first) < min(K, count):
+            raise UserError(f"--known-class {K}: the protocol lists {len(first)} known classes")
+        order = np.concatenate([first, np.setdiff1d(order, first)])
     if not 0 < K < count:
-        flag = f"--known-class {K}" if known is None else f"--known {','.join(known)}"
+        flag = f"--known-class {K}" if which.names is None else f"--known {','.join(which.names)}"
         what = f"the data has {count} classes, of which at least one must be unknown"
         raise UserError(f"{flag}: {what}: choose 1 to {count - 1}")
     classes = tuple(raw.classes[label] for label in order)
@@ -160,10 +218,12 @@ def _renumbered(
     if targets.max() < K:
         raise UserError("there is no training image of an unknown class")
     targets = np.minimum(targets, K)
-    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes())
-    if own:
-        for content in ("/".join(raw.names).encode(), raw.train, raw.test):
-            identity.update(content)
+    identity = hashlib.sha256(targets.tobytes() + test_targets.tobytes() + raw.digest.encode())
     tested = test_targets < K
-    sets = raw.train, targets, raw.test[tested], test_targets[tested]
-    return Raw(*sets, classes), K, identity.hexdigest()[:16]
+    raw = raw._replace(
+        train_labels=targets,
+        test=raw.test[tested],
+        test_labels=test_targets[tested],
+        classes=classes,
+    )
+    return raw, K, identity.hexdigest()[:16]

@@ -1,46 +1,83 @@
-"""A folder of images of which few are labeled: a person is the oracle, and answers in sheets."""
+"""Images or vectors of which few are labeled: a person is the oracle, and answers in sheets."""
 
 import hashlib
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import UserError, tell
 
 from . import folder, sheets
+from .files import one_at_a_time, write_whole
 from .open_set import Split
-from .raw import Raw
+from .raw import Items, Raw
 
 
-def load(data_dir: Path, size: int) -> tuple[Raw, dict]:
-    """All images below data_dir as training images, those of test.csv as test images, both sorted.
+def load(
+    items: Items, sheet_encoding: str = "", encode: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[Raw, dict]:
+    """All items as training images or vectors, those of test.csv as the test set, in their order.
 
-    Labels of training images that are of no known class are K. Broken images are left out. Returns
-    also the last fields of OpenSetData, by name. Raises UserError if a sheet is faulty or if no
-    labeled image can be read, and OSError.
+    Labels of training images that are of no known class are K. Unreadable images are skipped.
+    Returns also the last fields of OpenSetData, by name. Raises UserError if a sheet is faulty or
+    if no labeled image can be read, and OSError. sheet_encoding: see sheets.read. encode: from
+    images to vectors.
     """
-    if not os.access(data_dir, os.W_OK):  # told before the round rather than after it
-        raise UserError(f"cannot write to {data_dir}, where the query sheets go")
-    files = folder.list_images(data_dir)
-    said = sheets.read(data_dir, files)
-    decoded = folder.read(data_dir, files, size, leave_out=True)
-    names = [name for name in files if name not in decoded.broken]
+    if not os.access(items.folder, os.W_OK):  # before the round rather than after it
+        raise UserError(f"cannot write to {items.folder}, where the query sheets go")
+    answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
+    numbers, broken = items.read()
+    numbers = encode(numbers) if encode else numbers
+    names = [name for name in items.names if name not in broken]
     position = {name: i for i, name in enumerate(names)}
-    number = {name: label for label, name in enumerate(said.classes)}
-    labels = np.array([number.get(said.labels.get(name), len(number)) for name in names], np.int64)
-    labeled = np.flatnonzero(labels < len(number))
+    number = {name: label for label, name in enumerate(answered.classes)}
+    K = len(number)
+    labels = np.array([number.get(answered.labels.get(name), K) for name in names], np.int64)
+    labeled = np.flatnonzero(labels < K)
     if not len(labeled):
         raise UserError("labels.csv gives a class to no image that can be read")
-    unknown = [name for name, label in said.labels.items() if label == sheets.UNKNOWN]
+    unknown = [name for name, label in answered.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
-    pool = [i for i, name in enumerate(names) if name not in said.taken]
-    split = Split(*(torch.tensor(part, dtype=torch.int64) for part in (labeled, invalid, pool)))
-    test = [i for i, name in enumerate(names) if name in said.test]
-    test_labels = np.array([number[said.test[names[i]]] for i in test], np.int64)
-    raw = Raw(decoded.pixels, labels, decoded.pixels[test], test_labels, said.classes)
-    content = repr((names, said.classes, said.labels, said.test, pool))
-    answers = hashlib.sha256(content.encode()).hexdigest()[:16]
-    more = {"names": tuple(names), "sheets": said, "split": split}
-    return raw, more | {"answers": answers, "left_out": decoded.broken}
+    pool = [i for i, name in enumerate(names) if name not in answered.taken]
+    test = [i for i, name in enumerate(names) if name in answered.test]
+    raw = Raw(
+        train=numbers,
+        train_labels=labels,
+        test=numbers[test],
+        test_labels=np.array([number[answered.test[names[i]]] for i in test], np.int64),
+        classes=answered.classes,
+    )
+    content = repr((names, answered.classes, answered.labels, answered.test, pool))
+    answers = hashlib.sha256(content.encode())
+    if numbers.ndim == 2:
+        answers.update(numbers)
+    return raw, {
+        "names": tuple(names),
+        "sheets": answered,
+        "split": Split(*(torch.tensor(x, dtype=torch.int64) for x in (labeled, invalid, pool))),
+        "answers": answers.hexdigest()[:16],
+        "left_out": broken,
+        "folder": items.folder,
+        "columns": items.columns,
+    }
+
+
+def name(data_dir: Path) -> str:
+    """The folder's name in logs, which is kept in it: it may be moved or mounted elsewhere.
+
+    It ends in random digits, so that no other folder has it, but a whole copy of this one.
+    """
+    kept = data_dir / ".lfosa-name"
+    with one_at_a_time(data_dir / ".lfosa-cache.lock"):
+        if not kept.exists():
+            if (data_dir / "query_1.csv").exists():
+                tell(
+                    f"note: {kept} is missing: a new log begins. To go on with an old one, copy it"
+                )
+            new = folder.log_name(data_dir, secrets.token_hex(4))
+            write_whole(kept, lambda file: file.write(new.encode()))
+        return kept.read_text("utf-8").strip()

@@ -5,10 +5,14 @@ followed by JSON that says what it was made of.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import stat
+import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -22,29 +26,42 @@ from errors import UserError, tell
 from .files import write_whole
 from .raw import Raw
 
+# What network storage, Windows and macOS put into folders: thumbnails, recycle bins, snapshots.
+SYSTEM = {"@eadir", "@tmp", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
+SYSTEM |= {"~snapshot", "$recycle.bin", "recycler", "recycle bin", "trashbox", "lost+found"}
+SYSTEM |= {"system volume information", "network trash folder", "temporary items", "__macosx"}
+
 
 class Decoded(NamedTuple):
     """Decoded image files, and what the JSON of the cache says about them."""
 
     pixels: np.ndarray  # (number of files - number of broken ones, size, size, 3) uint8
-    files: dict[str, int]  # name -> bytes of every file
+    files: dict[str, list[int]]  # name -> state of every file, see `walk`
     broken: dict[str, str]  # name -> fault of the files that have no row in pixels
+    digest: str = ""  # hex digits that change with the names and contents of the files
 
 
-def walk(folder: Path | str, below: str = "") -> dict[str, int]:
-    """All files below a folder: relative name with "/" -> bytes, in any order.
+def walk(folder: Path | str, below: str = "") -> dict[str, list[int]]:
+    """All files below a folder: relative name with "/" -> state, in any order.
 
-    Follows links; leaves out hidden files and folders. Raises OSError.
+    The state changes with the content: bytes, times of change of the content and of the file in ns.
+    It is empty for what is no file, such as a pipe. Follows links, of which only those of images
+    must lead to a file; skips hidden files and folders, and those of the system. Raises OSError.
     """
     files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM:
                 continue
             if entry.is_dir():
                 files |= walk(entry.path, f"{below}{entry.name}/")
-            else:
-                files[below + entry.name] = entry.stat().st_size
+                continue
+            state = []
+            if entry.is_file() or pictures([entry.name]):
+                found = entry.stat()
+                if stat.S_ISREG(found.st_mode):
+                    state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            files[below + entry.name] = state
     return files
 
 
@@ -60,9 +77,15 @@ def by_class_folder(decoded: Decoded) -> Raw:
     parts = [name.split("/") for name in decoded.files]
     count = sum(part == "train" for part, *_ in parts)
     classes, labels = np.unique([name for _, name, *_ in parts], return_inverse=True)
-    train, test = decoded.pixels[:count], decoded.pixels[count:]
-    names, classes = tuple(decoded.files), tuple(classes.tolist())
-    return Raw(train, labels[:count], test, labels[count:], classes, names)
+    return Raw(
+        train=decoded.pixels[:count],
+        train_labels=labels[:count],
+        test=decoded.pixels[count:],
+        test_labels=labels[count:],
+        classes=tuple(classes.tolist()),
+        names=tuple(decoded.files),
+        digest=decoded.digest,
+    )
 
 
 def cached(cache: Path) -> Decoded:
@@ -74,63 +97,75 @@ def cached(cache: Path) -> Decoded:
         pixels = np.lib.format.open_memmap(cache, mode="r")
         with open(cache, "rb") as file:
             file.seek(pixels.offset + pixels.nbytes)
-            return Decoded(pixels, **json.load(file))
+            return Decoded(pixels=pixels, **json.load(file))
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise UserError("it is not whole, or from an earlier version") from error
 
 
 def decode(
     cache: Path,
-    files: dict[str, int],
+    files: dict[str, list[int]],
     read: Callable[[str], bytes],
     convert: Callable,
     size: int,
-    leave_out: bool = False,
+    skip_broken: bool = False,
 ) -> Decoded:
-    """Decode `files`, name -> bytes, in this order. If the cache was made of the same, map it.
+    """Decode `files`, name -> state, in this order. If the cache was made of the same, map it.
 
     read gives the content of a file; convert makes a PIL image one of size x size pixels in RGB.
     Several threads call both. Raises UserError that names up to ten broken images, or with
-    leave_out returns the others; raises OSError if a file cannot be read.
+    skip_broken returns the others; raises OSError or MemoryError if the machine is at fault. What
+    was broken is tried again each time: a decoder may have been installed.
     """
-    with contextlib.suppress(UserError):
-        found = cached(cache)
-        same = list(found.files.items()) == list(files.items())
-        if same and (leave_out or not found.broken):
-            return found
-        del found  # Windows replaces no file that is mapped
+    sums = {}  # name -> checksum of the content
+    fill = partial(_fill, read, convert, sums)
+    if cache.exists():
+        same, row = False, np.empty((size, size, 3), np.uint8)
+        with contextlib.suppress(UserError):
+            found = cached(cache)
+            same = list(found.files.items()) == list(files.items())
+            wanted = same and (skip_broken or not found.broken)
+            if wanted and all(fill(row, name) for name in found.broken):
+                return found
+            del found  # Windows replaces no file that is mapped
         if not same:
-            tell(f"note: {cache} was made of other files than there are now: decoding again")
+            tell(f"note: {cache} was made of other files, or by another version: decoding again")
     pixels = np.zeros((len(files), size, size, 3), np.uint8)
-
-    def fill(row: int, name: str) -> str:
-        """Decode one image into its row; return what is wrong with it."""
-        try:
-            with Image.open(io.BytesIO(read(name))) as image:
-                pixels[row] = convert(image)
-        except Exception as error:  # Pillow and zipfile name no common class for broken input
-            if getattr(error, "errno", None):  # no right to read it, or the disk: no broken image
-                raise
-            return str(error).partition(" <")[0] or type(error).__name__
-        return ""
-
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads:  # Pillow releases the GIL
-        faults = threads.imap(lambda item: fill(*item), enumerate(files), chunksize=32)
+        rows = zip(pixels, files, strict=True)
+        faults = threads.imap(lambda item: fill(*item), rows, chunksize=32)
         bar = tqdm(faults, "decoding", len(files), unit=" images", disable=None)
         broken = {name: fault for name, fault in zip(files, bar, strict=True) if fault}
-    if broken and not leave_out:
+    if broken and not skip_broken:
         first = ", ".join(f"{name} ({fault})" for name, fault in list(broken.items())[:10])
         raise UserError(f"{len(broken)} of {len(files)} images are broken: {first}")
     if broken:
         pixels = pixels[[name not in broken for name in files]]
+    content = json.dumps([(name, sums.get(name)) for name in files])
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    about = {"files": files, "broken": broken, "digest": digest}
 
     def write(file: BinaryIO) -> None:
         np.save(file, pixels)
-        file.write(json.dumps({"files": files, "broken": broken}).encode())
+        file.write(json.dumps(about).encode())
 
     try:
         write_whole(cache, write)
     except UserError as error:
         tell(f"note: {error}: the decoded images stay in memory")
-        return Decoded(pixels, files, broken)
+        return Decoded(pixels=pixels, **about)
     return cached(cache)
+
+
+def _fill(read: Callable, convert: Callable, sums: dict, row: np.ndarray, name: str) -> str:
+    """Decode one image into a row of the pixels; return what is wrong with the file, or ""."""
+    try:
+        content = read(name)
+        sums[name] = zlib.crc32(content)
+        with Image.open(io.BytesIO(content)) as image:
+            row[...] = convert(image)
+    except Exception as error:  # Pillow and zipfile name no common class for broken input
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # no right to read it, or the disk: no broken image
+        return str(error).partition(" <")[0] or type(error).__name__
+    return ""

@@ -13,7 +13,7 @@ from errors import UserError
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Inside, where `path` is written, an OSError becomes a UserError."""
+    """Inside, where `path` is written, an OSError becomes a UserError that names what failed."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -21,7 +21,9 @@ def writing(path: Path | str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+        raise UserError(
+            f"cannot write {cause.filename or path}: {cause.strerror or cause}"
+        ) from error
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:

@@ -1,5 +1,7 @@
 """The form in which every loader returns a data set."""
 
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,9 +10,20 @@ import numpy as np
 class Raw(NamedTuple):
     """A data set as a loader returns it. Labels are positions in `classes`."""
 
-    train: np.ndarray  # (N, H, W, 3) uint8
+    train: np.ndarray  # images (N, H, W, 3) uint8, or vectors (N, D) of floats
     train_labels: np.ndarray  # (N,) int64
-    test: np.ndarray  # (M, H, W, 3) uint8
+    test: np.ndarray  # likewise (M, ...)
     test_labels: np.ndarray  # (M,) int64
     classes: tuple[str, ...]
     names: tuple[str, ...] = ()  # of the N + M image files, if there are such
+    digest: str = ""  # hex digits that change with the names and contents of these files
+
+
+class Items(NamedTuple):
+    """What a person labels."""
+
+    folder: Path  # with the person's sheets
+    names: Collection[str]
+    others: list[str]  # names of other files in the folder, which may be copies of sheets
+    read: Callable[[], tuple[np.ndarray, dict[str, str]]]  # Raw.train; name -> fault of those not
+    columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else a sheet tells of each item

@@ -3,26 +3,30 @@
 A folder of images holds labels.csv (the start), perhaps test.csv (the test set), and query_1.csv,
 query_2.csv, ... Each has a column `file`, the path of an image relative to the folder, and a column
 `label`: a class, "unknown", "skip" (never ask again, train on nothing) or empty (not answered).
-Known are the classes of labels.csv. Sheets are read as spreadsheets save them.
+Known are the classes of labels.csv. Sheets are read as spreadsheets save them. The file
+.lfosa-asked names every query sheet that was written, so that one that is gone is missed.
 """
 
+import codecs
+import contextlib
 import csv
 import difflib
 import io
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from errors import UserError
+from errors import UserError, tell
 
 from .files import write_whole
 
-START, TEST = "labels.csv", "test.csv"
+START, TEST, ASKED = "labels.csv", "test.csv", ".lfosa-asked"
 UNKNOWN, SKIP = "unknown", "skip"
+SAVED = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods", ".numbers")
 
 
 class Sheets(NamedTuple):
@@ -39,96 +43,225 @@ class Sheets(NamedTuple):
 
         "skip" does not count: it does not say whether the image is known.
         """
-        told = [[x for x in query.values() if x not in (None, SKIP)] for query in self.queries]
-        return {q: fmean(x != UNKNOWN for x in said) for q, said in enumerate(told) if said}
+        answers = [[x for x in query.values() if x not in (None, SKIP)] for query in self.queries]
+        return {q: fmean(x != UNKNOWN for x in given) for q, given in enumerate(answers) if given}
 
 
-def read(folder: Path, images: Collection[str]) -> Sheets:
+class Answer(NamedTuple):
+    """The first row that answers for an image."""
+
+    label: str
+    sheet: str
+    row: int
+
+
+def read(
+    folder: Path, images: Collection[str], others: Iterable[str] = (), encoding: str = ""
+) -> Sheets:
     """Read all sheets in `folder`.
 
-    images: the paths of all images below the folder, relative to it, with "/"; broken ones too,
-    because a sheet may name them. The same answer may be given twice. An image that has no known
-    class in test.csv is neither tested on nor asked about.
+    images: the paths of all images below the folder, relative to it, with "/"; unreadable ones too,
+    because a sheet may name them. others: the paths of the other files, among which a sheet that
+    was saved under another name is looked for. encoding: that of sheets in neither UTF-8 nor
+    UTF-16; "": Western European, with a note. The same answer may be given twice. An image that has
+    no known class in test.csv is neither tested on nor asked about.
     Raises UserError, in one line with sheet and row, for what cannot be understood, for unknown
-    labels and images, and for contradictions. Raises OSError, also if a query sheet is missing.
+    labels and images, for contradictions, and if a query sheet is missing or if a copy has answers
+    that it lacks. Raises OSError.
     """
     alike = {_plain(image): image for image in images} | {image: image for image in images}
     names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}  # folded -> label; labels.csv adds its classes
-    there = os.listdir(folder)
-    count = sum(bool(re.fullmatch(r"query_[1-9][0-9]*\.csv", name)) for name in there)
-    order = [START, *(f"query_{number}.csv" for number in range(1, count + 1)), TEST]
-    sheets = {sheet: {} for sheet in order if sheet != TEST or TEST in there}  # file -> label
-    answers = {}  # file -> label, and the place of the first row that says so
+    copies, answers = _copies(others), {}  # file -> Answer
+    order = [START, *_queries(folder, copies), TEST]
+    sheets = {sheet: {} for sheet in order if sheet != TEST or (folder / TEST).exists()}
+    guessed, spelled = {}, {}  # sheet -> encoding; folded label -> its spellings
     for sheet, labels in sheets.items():
-        for number, row in enumerate(_rows(sheet, (folder / sheet).read_bytes()), start=2):
+        rows, guess = _rows(sheet, (folder / sheet).read_bytes(), encoding)
+        guessed |= {sheet: guess} if guess else {}
+        for number, row in enumerate(rows, start=2):
             place, file, label = f"{sheet}, row {number}", row.get("file", ""), row.get("label", "")
             if not (file + label).strip():
                 continue
+            read_as = f" (read as {guess}, see --sheet-encoding)" if guess else ""
             image = alike.get(file) or alike.get(_plain(file))
             if not image:
-                raise UserError(f"{place}: the image {file!r} is not there")
+                raise UserError(f"{place}: the image {file!r} is not there{read_as}")
             if sheet == START:
                 names.setdefault(_fold(label), label.strip())
             if _fold(label) not in names:
                 [nearest] = difflib.get_close_matches(_fold(label), names, n=1, cutoff=0)
-                told = f"{place}: {label!r} is no class of {START}, nor {UNKNOWN} or {SKIP}"
-                raise UserError(f"{told}; the nearest is {names[nearest]!r}")
+                fault = f"{place}: {label!r} is no class of {START}, nor {UNKNOWN} or {SKIP}"
+                raise UserError(f"{fault}; the nearest is {names[nearest]!r}{read_as}")
+            spelling = unicodedata.normalize("NFC", label.strip())
+            spelled.setdefault(_fold(label), {})[spelling] = None
             label = names[_fold(label)]
             labels[image] = label or labels.get(image)
-            first, where = answers.setdefault(image, (label, place)) if label else (label, place)
-            if first != label or (sheet == TEST) != where.startswith(TEST):
-                told = f"{place}: {file!r} is {label!r}, but {first!r} in {where}"
-                raise UserError(f"{told}; an image has one answer, not in {TEST} and elsewhere")
+            if not label:
+                continue
+            first = answers.setdefault(image, Answer(label, sheet, number))
+            if first.label != label or (first.sheet == TEST) != (sheet == TEST):
+                fault = f"{place}: {file!r} is {label!r}, but {first.label!r} in {first.sheet}, "
+                fault += f"row {first.row}; an image has one answer, not in {TEST} and elsewhere"
+                raise UserError(fault)
+    _check_copies(folder, copies, sheets, alike, encoding)
     classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
+    _tell_doubts(classes, guessed, [spelled.get(_fold(name), ()) for name in classes])
     test = sheets.pop(TEST, {})
     _, *queries = sheets.values()
     return Sheets(
-        classes,
-        {file: label for file, (label, where) in answers.items() if not where.startswith(TEST)},
-        {file: label for file, label in test.items() if label in classes},
-        queries,
-        frozenset(answers).union(test),
+        classes=classes,
+        labels={file: first.label for file, first in answers.items() if first.sheet != TEST},
+        test={file: label for file, label in test.items() if label in classes},
+        queries=queries,
+        taken=frozenset(answers).union(test),
     )
 
 
-def write_sheet(path: Path | str, columns: str, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write a sheet with these columns. rows: file, class, probability; a fourth is empty.
+def as_cells(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[list[str]]:
+    """The cells of a sheet, the header first. No spreadsheet takes one for a formula."""
+    cells = [list(header)]
+    for row in rows:
+        cells.append([_cell(name, value) for name, value in zip(header, row, strict=True)])
+    return cells
+
+
+def write_sheet(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a sheet: UTF-8 with a byte order mark, because Excel would take it for cp1252.
 
     Raises UserError if a sheet with a column `label` exists, because it may hold answers.
     """
-    header = columns.split()
+    path = Path(path)
     if "label" in header and os.path.lexists(path):
         raise UserError(f"{path} exists: a query sheet is never overwritten")
     text = io.StringIO(newline="")
-    table = [(file, name, f"{share:.4f}", "")[: len(header)] for file, name, share in rows]
-    csv.writer(text).writerows([header, *table])
-    # Without the byte order mark ("-sig") Excel takes UTF-8 for cp1252.
+    csv.writer(text).writerows(as_cells(header, rows))
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
+    if "label" in header:
+        with contextlib.suppress(OSError), path.with_name(ASKED).open("a") as asked:
+            asked.write(f"{path.name}\n")
 
 
-def _rows(sheet: str, content: bytes) -> list[dict[str, str]]:
-    """The rows below the header: folded name of a column -> cell. A row may end early."""
+def read_cells(sheet: str, content: bytes, encoding: str = "") -> tuple[list[list[str]], str]:
+    """The cells of a sheet, row by row, the header first; and the encoding, if it is a guess."""
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        unicode = "utf-16"
+    else:  # without a mark, the zero bytes of an ASCII header tell
+        unicode = {b"\0": "utf-16-be"}.get(content[:1], "utf-8-sig")
+        unicode = {b"\0": "utf-16-le"}.get(content[1:2], unicode)
+    # Latin-1 reads what cp1252 lacks, so that no two names become one.
+    for name in (unicode, *([encoding] if encoding else ["cp1252", "latin-1"])):
+        with contextlib.suppress(UnicodeError, LookupError):
+            text = content.decode(name)
+            break
+    else:
+        raise UserError(f"{sheet} is neither {unicode} nor, as --sheet-encoding says, {encoding}")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    rows = []
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-    separator = max(",;", key=text.partition("\n")[0].count)
-    table = []
-    try:
-        table.extend(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
-    except csv.Error as error:  # the rows before it are in the table
-        raise UserError(f"{sheet}, row {len(table) + 1}: quotes are misplaced ({error})") from error
-    header = [_fold(cell) for cell in table[0]] if table else []
+        rows.extend(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+    except csv.Error as error:  # the rows before it are in the list
+        raise UserError(f"{sheet}, row {len(rows) + 1}: quotes are misplaced ({error})") from error
+    return rows or [[]], "" if name in (unicode, encoding) else name
+
+
+def _rows(sheet: str, content: bytes, encoding: str) -> tuple[list[dict[str, str]], str]:
+    """The rows below the header, folded name of a column -> cell; and a guessed encoding.
+
+    A row may end early.
+    """
+    (header, *rows), guess = read_cells(sheet, content, encoding)
+    header = [_fold(cell) for cell in header]
     if not header.count("file") == header.count("label") == 1:
         raise UserError(
             f"{sheet}, row 1: name one column file and one column label, with , or ; between"
         )
-    return [dict(zip(header, cells, strict=False)) for cells in table[1:]]
+    return [dict(zip(header, cells, strict=False)) for cells in rows], guess
+
+
+def _copies(others: Iterable[str]) -> dict[int, list[str]]:
+    """Files that look like a query sheet but have another name or place: by the query's number.
+
+    Such as "query_2 (1).csv", "query_2 - query_2.csv", "query_2.CSV", "query_2.xlsx" and
+    "old/query_2.csv", which browsers, spreadsheets and file managers make.
+    """
+    copies = {}
+    for path in sorted(others):
+        name = path.rpartition("/")[2]
+        match = re.search(r"query[ _-]?0*([1-9][0-9]{0,5})(?![0-9])", name, re.IGNORECASE)
+        saved = name.casefold().endswith(SAVED) and not name.startswith("~$")  # Excel's locks
+        if match and saved and path != f"query_{match[1]}.csv":
+            copies.setdefault(int(match[1]), []).append(path)
+    return copies
+
+
+def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
+    """The query sheets in order. Raises UserError if one is gone that was written."""
+    there, asked = set(os.listdir(folder)), folder / ASKED
+    written = asked.read_text("utf-8", "replace").split() if asked.exists() else []
+    matches = [re.fullmatch(r"query_([1-9][0-9]*)\.csv", name) for name in (*there, *written)]
+    last = max((int(match[1]) for match in matches if match), default=0)
+    if last + 1 in copies:
+        last += 1
+    queries = [f"query_{number}.csv" for number in range(1, last + 1)]
+    for number, sheet in enumerate(queries, start=1):
+        if sheet not in there:
+            what = f"put it back, or remove {ASKED} there to be asked anew"
+            if found := " or ".join(map(repr, copies.get(number, ()))):
+                what = f"if it is {found}, save that as {sheet}, else give that another name"
+            raise UserError(f"{folder / sheet} is missing: {what}")
+    return queries
+
+
+def _check_copies(
+    folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str
+) -> None:
+    """Raise UserError if a copy of a query sheet has answers that the sheet lacks."""
+    for number, paths in copies.items():
+        sheet = f"query_{number}.csv"
+        answers = sheets.get(sheet, {})
+        for path in paths:
+            try:
+                rows, _ = _rows(path, (folder / path).read_bytes(), encoding)
+                files = [row.get("file", "") for row in rows if row.get("label", "").strip()]
+            except UserError:  # such as a workbook
+                files = [] if any(answers.values()) else answers
+            images = [alike.get(file) or alike.get(_plain(file)) for file in files]
+            if any(image in answers and not answers[image] for image in images):
+                what = f"save it as {sheet}, or remove it"
+                raise UserError(f"{folder / path} may have answers that {sheet} lacks: {what}")
+
+
+def _tell_doubts(classes: tuple[str, ...], guessed: dict, spelled: list) -> None:
+    """Say which encodings were guessed, and which spellings are taken for one class."""
+    if guessed:
+        names = ", ".join([name for name in classes if not name.isascii()] or classes)
+        taken = ", ".join(f"{sheet} as {encoding}" for sheet, encoding in guessed.items())
+        tell(
+            f"note: sheets that are not in Unicode were read in a guessed encoding: {taken}. If "
+            f"these classes look wrong, give --sheet-encoding (such as gbk): {names:.500}"
+        )
+    if several := [" and ".join(map(repr, forms)) for forms in spelled if len(forms) > 1]:
+        tell(f"note: labels taken for one class: {'; '.join(several)}")
+
+
+def _cell(column: str, value: object) -> str:
+    """The text of a cell. Before what a spreadsheet would take for a formula stand "./" or " ".
+
+    Both are dropped in reading, and "./" leaves the path valid.
+    """
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    if column == "file":
+        return f"./{text}" if text.startswith(tuple("=+-@")) else text
+    return f" {text}" if re.match(r"[=@]|[+-](?!\d*\.?\d*$)", text) else text
 
 
 def _plain(file: str) -> str:
-    """The form in which paths are compared: Windows writes "\\", macOS another form of Unicode."""
-    return unicodedata.normalize("NFC", file.strip().replace("\\", "/").removeprefix("./"))
+    """The form in which paths are compared: Windows writes "\\", macOS another form of Unicode.
+
+    Before =, +, - or @ a person types an apostrophe, so that a spreadsheet keeps them as text.
+    """
+    file = re.sub("^'(?=[=+@-])", "", file.strip()).replace("\\", "/").removeprefix("./")
+    return unicodedata.normalize("NFC", file)
 
 
 def _fold(text: str) -> str:

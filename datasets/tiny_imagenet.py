@@ -52,15 +52,17 @@ def _read(cache: Path, source: Path) -> decoding.Decoded:
     if source.is_dir():
         return _decode(cache, decoding.walk(source), lambda name: (source / name).read_bytes())
     with zipfile.ZipFile(source) as archive:
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-        tops = [name.partition("train/")[0] for name in sizes if "train/" in name]
+        states = {member.filename: [member.file_size, member.CRC] for member in archive.infolist()}
+        tops = [name.partition("train/")[0] for name in states if "train/" in name]
         top = min(tops, key=len, default="")  # archives of mirrors have another one, or none
-        files = {name.removeprefix(top): sizes[name] for name in sizes if name.startswith(top)}
+        files = {name.removeprefix(top): states[name] for name in states if name.startswith(top)}
         return _decode(cache, files, lambda name: archive.read(top + name))
 
 
-def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) -> decoding.Decoded:
-    """Decode the images among `files`, name -> bytes, as train/CLASS/IMAGE and val/CLASS/IMAGE.
+def _decode(
+    cache: Path, files: dict[str, list[int]], read: Callable[[str], bytes]
+) -> decoding.Decoded:
+    """Decode the images among `files`, name -> state, as train/CLASS/IMAGE and val/CLASS/IMAGE.
 
     read gives the content of a file. Training images are ordered by class, and all by the numbers
     in their names. Raises UserError if there are none of a kind, or if one has no known class.
@@ -87,6 +89,6 @@ def _decode(cache: Path, files: dict[str, int], read: Callable[[str], bytes]) ->
         part, wnid, image = place.split("/")
         return part, wnid if part == "train" else "", len(image), image  # val_9, then val_10
 
-    sizes = {place: files[found[place]] for place in sorted(found, key=order)}
+    states = {place: files[found[place]] for place in sorted(found, key=order)}
     to_rgb = operator.methodcaller("convert", "RGB")  # of another size, it is a broken image
-    return decoding.decode(cache, sizes, lambda place: read(found[place]), to_rgb, SIZE)
+    return decoding.decode(cache, states, lambda place: read(found[place]), to_rgb, SIZE)

@@ -1,12 +1,16 @@
-"""The files NAME.* of a run: its lock, its checkpoint, and its journal."""
+"""The files NAME.* of a run: its lock, its checkpoint, its log and its journal."""
 
 import contextlib
+import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import time
 import zipfile
+from argparse import Namespace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,9 +19,10 @@ from filelock import FileLock, Timeout
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from torch import Tensor
 
-from datasets.files import writing
-from errors import UserError
+from datasets.files import write_whole, writing
+from errors import UserError, tell
 
 
 def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLock, Path | None]:
@@ -39,9 +44,11 @@ def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLoc
     log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
     there = [file for file in (log, checkpoint) if file.exists()]
     if there and not (resume or overwrite):
-        raise UserError(f"{there[0]} is there already: add --resume to go on, or --overwrite")
+        raise UserError(f"{there[0]} exists: add --resume to go on, or --overwrite")
     if there == [log] and resume:
-        raise UserError(f"{log} is there, but no {checkpoint} to go on from: move it elsewhere")
+        raise UserError(
+            f"{log} exists, but its checkpoint {checkpoint} is missing: move it elsewhere"
+        )
     need -= checkpoint.stat().st_size if checkpoint in there else 0
     disk = shutil.disk_usage(path.parent)
     if disk.free < need and disk.total:  # some file systems do not tell
@@ -81,35 +88,73 @@ def versions() -> str:
     return ", ".join(found)
 
 
-class Journal:
-    """NAME.log and TensorBoard's file of the run `path`; errors in writing are the user's."""
+class RunFiles:
+    """The files NAME.* of a run, which rank 0 alone writes; faults in writing are UserErrors.
 
-    def __init__(self, path: Path, tensorboard: bool, anew: bool) -> None:
-        self.log, self.events, folder = Path(f"{path}.log"), None, path.parent / "tb" / path.name
-        with writing(path.parent):
+    .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (lines); and tb/NAME/.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.log = path, Path(f"{path}.log")
+        self.events: EventsWriter | None = None
+        self.begun = False
+
+    def open(self, args: Namespace, need: int, experiment: dict) -> dict | None:
+        """Claim the files; return the state to go on from, if there is one. See `claim`."""
+        self.lock, checkpoint = claim(self.path, args.resume, args.overwrite, need)
+        return load_checkpoint(checkpoint, experiment) if checkpoint else None
+
+    def begin(self, header: str, tensorboard: bool, anew: bool) -> None:
+        """Open NAME.log, and TensorBoard's file if it is wanted; anew: without the old content."""
+        self.begun, folder = True, self.path.parent / "tb" / self.path.name
+        with writing(self.path.parent):
             if anew:
-                self.log.unlink(missing_ok=True)
+                for file in (self.log, Path(f"{self.path}.model.pt")):
+                    file.unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
             if tensorboard:
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
                 folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+        self._write_event("text", "header", header, 0)
+        self.note(header)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # it was never opened; the disk is full
             self.events.close()
 
-    def note(self, line: str) -> None:
-        """A line for NAME.log; the first one, the header, for TensorBoard as well."""
-        with writing(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
-            if not file.tell():
-                self.record("text", "header", line)
-            file.write(f"{line}\n")
+    def save(self, state: dict, log: dict, queries: list[Tensor] | None) -> None:
+        """Write the checkpoint, then the log and the queries, which follow from it."""
+        write_whole(f"{self.path}.pt", partial(torch.save, state))
+        write_whole(f"{self.path}.pkl", partial(pickle.dump, log, protocol=4))
+        if queries is not None:
+            content = json.dumps([queried.tolist() for queried in queries]).encode()
+            write_whole(f"{self.path}.queries.json", lambda file: file.write(content))
 
-    def record(self, kind: str, name: str, value: object, step: int = 0) -> None:
-        """Write a "scalar" or "text" for TensorBoard, if it is wanted."""
+    def save_model(self, content: dict) -> None:
+        """Write NAME.model.pt."""
+        write_whole(f"{self.path}.model.pt", partial(torch.save, content))
+
+    def note(self, line: str) -> None:
+        """A line for NAME.log."""
+        if self.begun:
+            with writing(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{line}\n")
+
+    def tell(self, *cells: object) -> None:
+        """A line, or a row of cells, for NAME.log and the terminal."""
+        if self.begun:
+            line = str(cells[0]) if len(cells) == 1 else "".join(f"{cell:>10}" for cell in cells)
+            self.note(line)
+            tell(line)
+
+    def record(self, name: str, value: float, step: int) -> None:
+        """A number for TensorBoard."""
+        self._write_event("scalar", name, value, step)
+
+    def _write_event(self, kind: str, name: str, value: object, step: int) -> None:
         if self.events:
             content = getattr(summary, kind)(name, value)
-            with writing(self.log.parent):
+            with writing(self.path.parent):
                 self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
                 self.events.flush()

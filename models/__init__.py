@@ -2,10 +2,24 @@
 
 import torch
 
-from .resnet import NETWORKS, ResNet
-from .training import AMP, dropout_masks, evaluate, predict, train
+from . import resnet
+from .mlp import MLP
+from .network import Network
+from .objective import CenterLoss, Objective
+from .resnet import ResNet
+from .training import AMP, Settings, dropout_masks, evaluate, predict, train
 
-__all__ = ["AMP", "NETWORKS", "ResNet", "create", "dropout_masks", "evaluate", "predict", "train"]
+__all__ = ["AMP", "MLP", "NETWORKS", "CenterLoss", "Network", "Objective", "ResNet", "Settings"]
+__all__ += ["build", "create", "dropout_masks", "evaluate", "predict", "train"]
+
+NETWORKS = [*resnet.NETWORKS, "mlp"]  # on images, and on vectors
+
+
+def build(name: str, dimension: int, num_classes: int, feat_dim: int, dropout: float) -> Network:
+    """A network as PyTorch initialises it. dimension: of its input, see Images and Embeddings."""
+    if name == "mlp":
+        return MLP(dimension, num_classes, feat_dim, dropout)
+    return ResNet(name, num_classes, feat_dim, dropout)
 
 
 def create(
@@ -15,14 +29,16 @@ def create(
     generator: torch.Generator,
     device: torch.device,
     dropout: float = 0.0,
-) -> ResNet:
+    dimension: int = 3,
+) -> Network:
     """A new network with PyTorch's default initialisation, drawn on the CPU from `generator`.
 
-    name: one of NETWORKS; feat_dim, dropout: see ResNet. channels_last on the device.
+    name: one of NETWORKS; feat_dim, dropout: see Network; dimension: see `build`. channels_last on
+    the device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        network = ResNet(name, num_classes, feat_dim, dropout)
+        network = build(name, dimension, num_classes, feat_dim, dropout)
     if device.type == "cuda" and torch.distributed.is_initialized():
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DEGREES = 15.0  # of the rotation, as released
+
 
 class Images(NamedTuple):
     """N images of H x W pixels on the device, with what turns them into network input."""
@@ -22,9 +24,29 @@ class Images(NamedTuple):
     shift: Tensor  # (W * 3,) float32, -mean / std per channel, likewise
     padding: int  # pixels around the image for the random crop
     flip: bool  # whether half of the images are mirrored
+    degrees: float  # largest angle of the rotation, to either side
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    @property
+    def dimension(self) -> int:
+        """Channels, the size of a network's input."""
+        return 3
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU."""
+        return draw(self, count, generator)
+
+    def batch(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
+        """Network input (B, 3, H, W) of index (B,), augmented by parameters (B, 9)."""
+        return normalize(self, index) if parameters is None else augment(self, index, parameters)
 
 
-def to_device(images: np.ndarray, mean, std, padding: int, flip: bool, device) -> Images:
+def to_device(
+    images: np.ndarray, mean, std, padding: int, flip: bool, degrees: float, device
+) -> Images:
     """Copy (N, H, W, 3) uint8 images to the device; mean and std are per channel, in [0, 1]."""
     _, height, width, _ = images.shape
     pixels = np.empty((images.size // 3 + 1, 3), np.uint8)
@@ -34,7 +56,16 @@ def to_device(images: np.ndarray, mean, std, padding: int, flip: bool, device) -
     # A whole row of pixels as the innermost dimension: 10 times as fast on a CPU as 3 channels.
     scale, shift = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
     pixels = torch.from_numpy(pixels).to(device)
-    return Images(pixels, height, width, scale.to(device), shift.to(device), padding, flip)
+    return Images(
+        pixels=pixels,
+        height=height,
+        width=width,
+        scale=scale.to(device),
+        shift=shift.to(device),
+        padding=padding,
+        flip=flip,
+        degrees=degrees,
+    )
 
 
 def normalize(images: Images, index: Tensor) -> Tensor:
@@ -83,7 +114,7 @@ def draw(images: Images, count: int, generator: torch.Generator) -> Tensor:
     crop = torch.randint(-p, p + 1, (count, 2), generator=generator)
     flip = torch.randint(0, 2, (count, 1), generator=generator) * int(images.flip)
     angle = torch.empty(count, dtype=torch.float64)
-    angle.uniform_(-15, 15, generator=generator)  # degrees, as released
+    angle.uniform_(-images.degrees, images.degrees, generator=generator)
     return torch.cat([rotation(angle, images.height, images.width), crop, flip], 1).int()
 
 

@@ -1,6 +1,6 @@
 """What a training minimises. A method that changes it subclasses Objective in its own file."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch

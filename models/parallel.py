@@ -5,12 +5,13 @@ import ctypes
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
 
@@ -158,16 +159,37 @@ def from_rank0(compute: Callable[[], object]) -> object:
     return box[0]
 
 
-def add(tensor: Tensor) -> None:
-    """Add up `tensor` over all ranks, in place on each."""
+def distributed(network: nn.Module) -> nn.Module:
+    """The network, or under torchrun what averages its gradients over the ranks."""
+    if world() == 1:
+        return network
+    device = next(network.parameters()).device
+    return DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+
+
+def copy_from_rank0(tensors: Iterable[Tensor]) -> None:
+    """Copy each tensor of rank 0 to all ranks, in place.
+
+    DistributedDataParallel copies the statistics of batch norm before a step, not after it.
+    """
     if world() > 1:
-        dist.all_reduce(tensor)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Average each tensor over all ranks, in place on each."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world()
 
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank. All wait for each other and get the same answer."""
     total = torch.tensor(int(flag))
-    add(total)
+    if world() > 1:
+        dist.all_reduce(total)
     return bool(total)
 
 

@@ -13,11 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from .network import Network
+
 # name -> residual block, channels per stage, blocks per stage
 NETWORKS = {
     "resnet18": (BasicBlock, (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (64, 128, 256, 512), (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (64, 128, 256, 512), (3, 4, 6, 3)),
+    # Later papers' widths, globally pooled.
+    "resnet18-narrow": (BasicBlock, (16, 32, 64, 128), (2, 2, 2, 2)),
+    "resnet34-narrow": (BasicBlock, (16, 32, 64, 128), (3, 4, 6, 3)),
+    "resnet50-narrow": (Bottleneck, (16, 32, 64, 128), (3, 4, 6, 3)),
     "resnet20": (BasicBlock, (16, 32, 64), (3, 3, 3)),  # He et al.'s own net for CIFAR
 }
 
@@ -35,13 +41,8 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-class ResNet(nn.Module):
-    """Images (B, 3, H, W) -> features (B, F) and logits (B, C).
-
-    feat_dim F: the pooled vector goes through a linear layer to F features and, with no
-    non-linearity between, through another to the logits. 0: the pooled vector is the features.
-    dropout: probability with which an entry of the pooled vector is dropped in training.
-    """
+class ResNet(Network):
+    """Images (B, 3, H, W) -> features (B, F) and logits (B, C); feat_dim, dropout: see Network."""
 
     def __init__(self, name: str, num_classes: int, feat_dim: int = 2, dropout: float = 0.0):
         super().__init__()
@@ -63,30 +64,15 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(projection, BatchNorm(wider))
                 self.stages.append(block(channels, width, stride, shortcut, norm_layer=BatchNorm))
                 channels = wider
-        self.pooled_dim = channels
-        self.feature_dim = feat_dim or channels
-        self.dropout_rate = dropout
-        self.feature_layer = nn.Linear(channels, feat_dim) if feat_dim else nn.Identity()
-        self.fc = nn.Linear(self.feature_dim, num_classes)
+        self.add_head(channels, num_classes, feat_dim, dropout)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> the backbone's pooled vector (B, pooled_dim)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.stages(x).mean((2, 3))
 
-    def head(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled vectors (..., pooled_dim) -> features (..., F) and logits (..., C)."""
-        features = self.feature_layer(pooled)
-        return features, self.fc(features)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.pooled(x)
-        if self.training and self.dropout_rate:
-            pooled = F.dropout(pooled, self.dropout_rate)
-        return self.head(pooled)
-
-
-def fold_batchnorm(network: ResNet) -> ResNet:
+def fold_batchnorm(network: nn.Module) -> nn.Module:
     """A copy of the network for inference, its batch norms folded into the convolutions.
 
     There a batch norm is one multiply-add per channel, which the convolution can do for free.

@@ -3,175 +3,187 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from errors import UserError
 
-from . import augment, parallel
+from . import parallel
 from .augment import Images
-from .resnet import ResNet, fold_batchnorm
+from .embeddings import Embeddings
+from .network import Network
+from .objective import Batch, Objective
+from .resnet import fold_batchnorm
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 
 
-def batch_loss(
-    network: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    temperature: Tensor | None,
-    amp: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Features (B, F) and the cross-entropy summed over the batch.
+@dataclass(frozen=True)
+class Settings:
+    """How networks are trained and applied. The defaults are published; a data set may have others.
 
-    images: (B, 3, H, W), targets: (B,) int64. temperature: (C,) or None; an image's logits are
-    first divided by the entry of its own target (LfOSA's low-temperature cross-entropy).
+    This is the one list of hyperparameters: each is an argument of the scripts, too.
     """
-    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-        features, logits = network(images)
-    logits = logits.float()
-    if temperature is not None:
-        logits = logits / temperature[targets].unsqueeze(1)
-    return features.float(), F.cross_entropy(logits, targets, reduction="sum")
+
+    max_epoch: int = 100
+    feat_dim: int = 2  # see Network
+    batch_size: int = 128
+    lr_model: float = 0.01
+    stepsize: int = 20  # epochs between decays of the learning rate
+    gamma: float = 0.5  # factor of each decay
+    weight_cent: float = 0.0  # of the center loss
+    lr_cent: float = 0.5
+    dropout: float = 0.5  # on the pooled vector, only for BALD
+    mc_samples: int = 20  # dropout masks that BALD averages over
+    amp: str = "off"  # one of AMP
+    compile: bool = False
+    eval_batch_size: int = 256
 
 
-def center_loss(features: Tensor, targets: Tensor, centers: Tensor) -> Tensor:
-    """The squared distances between the features and the centres of their classes, summed.
-
-    Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016,
-    equation 2, has half of it; LfOSA's released code has the whole. features: (B, F), targets: (B,)
-    int64, centers: (K, F). A target of K or more (an invalid image) has no centre and adds nothing.
-    """
-    last = len(centers) - 1
-    squares = (features - centers[targets.clamp(max=last)]).square().sum(1)
-    return (squares * (targets <= last)).sum()
+PUBLISHED = Settings()
 
 
 def train(
-    network: ResNet,
-    images: Images,
+    network: Network,
+    objective: Objective,
+    inputs: Images | Embeddings,
     targets: Tensor,
     indices: Tensor,
     generator: Callable[..., torch.Generator],
-    *,
-    temperature: Sequence[float] | None = None,
-    max_epoch: int = 100,
-    batch_size: int = 128,
-    lr_model: float = 0.01,
-    stepsize: int = 20,
-    gamma: float = 0.5,
-    weight_cent: float = 0.0,
-    lr_cent: float = 0.5,
-    num_centers: int | None = None,
-    amp: str = "off",
-    compile: bool = False,
+    settings: Settings = PUBLISHED,
     state: dict | None = None,
-    after_epoch: Callable[[int, float, Callable[[], dict]], None] = lambda *_: None,
-) -> None:
-    """Train `network` in place with SGD on the images `indices`; the defaults are published.
+) -> Iterator[tuple[int, float, Callable[[], dict]]]:
+    """Train `network` and `objective` in place with SGD on the images `indices`.
 
     targets: (N,) int64 on the device, of all images. indices: (n,) int64 on the CPU; an image
     may stand there several times. generator(*purpose): a CPU generator; every epoch draws from
-    its own. temperature: one per class, see `batch_loss`. lr_model is multiplied by gamma every
-    `stepsize` epochs. num_centers: K; targets of K or more have no centre.
-    after_epoch(epochs done, mean loss, snapshot) may keep what `snapshot()` returns: passed as
-    `state` it continues the training; on the CPU the result is equal to the last bit. For a
-    finished training its "epoch" and "network" are enough. Under torchrun the ranks share each
+    its own.
+    Yields after each epoch (epochs done, mean loss, snapshot): what `snapshot()` returns, passed as
+    `state`, continues the training; on the CPU the result is equal to the last bit. For a finished
+    training its "epoch", "network" and "objective" are enough. Under torchrun the ranks share each
     batch. Raises UserError if the loss or a weight became NaN or infinite.
     """
-    device, count = targets.device, len(indices)
-    if temperature is not None:
-        temperature = torch.tensor(temperature, device=device)
-    settings = {"momentum": 0.9, "weight_decay": 5e-4}  # published
-    optimizer = torch.optim.SGD(network.parameters(), lr_model, **settings, fused=True)
-    # Fused SGD leaves the momentum uninitialised if GradScaler skips the first step: zero it.
-    for parameter in network.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, stepsize, gamma)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    centers = None
-    if weight_cent > 0:
-        shape = num_centers or network.fc.out_features, network.feature_dim
-        drawn = torch.randn(shape, generator=generator("centers"))
-        centers = nn.Embedding.from_pretrained(drawn, freeze=False).to(device)
-        center_optimizer = torch.optim.SGD(centers.parameters(), lr_cent)
-        parts |= {"centers": centers, "center_optimizer": center_optimizer}
-    first = 0
-    if state is not None:
-        first = state["epoch"]
-        for name in parts.keys() & state.keys():
-            parts[name].load_state_dict(state[name])
-    module = network
-    if parallel.world() > 1:
-        module = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+    count, parts = len(indices), _parts(network, objective, settings, targets.device)
+    optimizers = [part for name, part in parts.items() if name.startswith("optimizer")]
+    state = state or {"epoch": 0}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
+    module = parallel.distributed(network)
+
+    def features_of(images: Tensor) -> Tensor:
+        found = predict(network, inputs, images, ("features",), settings)["features"]
+        return found.clone()  # gradients may be computed with it
 
     def snapshot() -> dict:
         return {"epoch": epoch + 1} | {name: part.state_dict() for name, part in parts.items()}
 
     network.train()
-    bar = _bar("train", range(first, max_epoch), initial=first, total=max_epoch)
+    first, last = state["epoch"], settings.max_epoch
+    bar = _bar("train", range(first, last), initial=first, total=last)
     for epoch in bar:
+        objective.before_epoch(features_of)
         draws = generator("epoch", epoch)
-        order = indices[torch.randperm(count, generator=draws)].to(device)
-        parameters = augment.draw(images, count, draws).to(device)
-        begins = range(0, count, batch_size)
-        # Dropout draws on the device: one seed per step makes it the same after a resumption.
-        seeds = torch.randint(2**62, (len(begins),), generator=draws).tolist()
-        loss_sum = torch.zeros((), device=device)
-        for begin, seed in zip(begins, seeds, strict=True):
-            end = min(begin + batch_size, count)
-            share, weight = parallel.share(begin, end)
-            index = order[share]
-            inputs = augment.augment(images, index, parameters[share])
-            if network.dropout_rate:
-                torch.manual_seed(seed + parallel.rank())
+        loss_sum = torch.zeros((), device=targets.device)
+        for index, batch, size, weight in _batches(inputs, indices, settings.batch_size, draws):
             # Only whole batches are compiled: one shape, hence one compilation.
-            compiled = compile and end - begin == batch_size
-            loss_of = _compiled(batch_loss, device.type) if compiled else batch_loss
-            optimizer.zero_grad()
-            features, loss = loss_of(module, inputs, targets[index], temperature, AMP[amp])
-            loss_sum += loss.detach() * (weight > 0)
-            if centers is not None:
-                center_optimizer.zero_grad()
-                loss = loss + weight_cent * center_loss(features, targets[index], centers.weight)
-            scaler.scale(loss * weight).backward()
-            scaler.step(optimizer)
-            if centers is not None:
-                # The centres move as if their loss had weight 1 (Wen et al., algorithm 1).
-                parallel.add(centers.weight.grad)
-                centers.weight.grad.mul_(1 / weight_cent / parallel.world())
-                scaler.step(center_optimizer)
-            scaler.update()
-        parallel.add(loss_sum)
+            compiled = settings.compile and size == settings.batch_size
+            forward = _compiled(_outputs, batch.device.type) if compiled else _outputs
+            features, logits = forward(module, batch, settings.amp)
+            loss = objective(Batch(index, features, logits, targets[index])) * weight
+            _step(loss, optimizers, parts["scaler"], objective)
+            loss_sum += loss.detach() * size
+        parallel.average([loss_sum])
         mean_loss = float(loss_sum) / count
-        finite = torch.stack([weight.isfinite().all() for weight in network.parameters()]).all()
-        if not (math.isfinite(mean_loss) and finite):
+        if not (math.isfinite(mean_loss) and _finite(network) and _finite(objective)):
             raise UserError(f"training diverged in epoch {epoch + 1}: lower --lr-model")
-        scheduler.step()
+        parts["scheduler"].step()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
-        after_epoch(epoch + 1, mean_loss, snapshot)
-    if parallel.world() > 1:
-        # DistributedDataParallel copies rank 0's batch norm statistics before, not after a step.
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        yield epoch + 1, mean_loss, snapshot
+    parallel.copy_from_rank0(network.buffers())  # the statistics of batch norm, after the last step
+
+
+def _parts(
+    network: nn.Module, objective: Objective, settings: Settings, device: torch.device
+) -> dict[str, object]:
+    """All that has a state in a training: "network", "objective", "optimizer ...", and so on."""
+    published = {"momentum": 0.9, "weight_decay": 5e-4}
+    optimizer = torch.optim.SGD(network.parameters(), settings.lr_model, **published, fused=True)
+    # Fused SGD leaves the momentum uninitialised if GradScaler skips the first step: zero it.
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizers = [optimizer, *objective.optimizers()]
+    return {
+        "network": network,
+        "objective": objective,
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, settings.stepsize, settings.gamma),
+        "scaler": torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"),
+        **{f"optimizer {i}": each for i, each in enumerate(optimizers)},
+    }
+
+
+def _batches(
+    inputs: Images | Embeddings, indices: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, int, float]]:
+    """An epoch's batches in random order: index, network input, the whole batch's size, weight.
+
+    Under torchrun index and input are this rank's share; weight is that of its summed loss.
+    """
+    count = len(indices)
+    order = indices[torch.randperm(count, generator=generator)].to(inputs.device)
+    parameters = inputs.draw(count, generator).to(inputs.device)
+    begins = range(0, count, batch_size)
+    # Dropout draws on the device: one seed per step makes it the same after a resumption.
+    seeds = torch.randint(2**62, (len(begins),), generator=generator).tolist()
+    for begin, seed in zip(begins, seeds, strict=True):
+        if inputs.device.type == "cpu":  # torch.manual_seed sees to other devices, in half a step
+            torch.default_generator.manual_seed(seed + parallel.rank())
+        else:
+            torch.manual_seed(seed + parallel.rank())
+        end = min(begin + batch_size, count)
+        share, weight = parallel.share(begin, end)
+        yield order[share], inputs.batch(order[share], parameters[share]), end - begin, weight
+
+
+def _step(
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    objective: Objective,
+) -> None:
+    """Move all parameters; DistributedDataParallel averages the gradients of the network's."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    parallel.average([parameter.grad for parameter in objective.parameters()])
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether no parameter is NaN or infinite, with one wait for the device."""
+    found = [parameter.isfinite().all() for parameter in module.parameters()]
+    return not found or bool(torch.stack(found).all())
+
+
+def _outputs(network: nn.Module, batch: Tensor, amp: str) -> tuple[Tensor, Tensor]:
+    """Features (B, F) and logits (B, C) of a batch of network input, float32."""
+    with torch.autocast(batch.device.type, dtype=AMP[amp], enabled=amp != "off"):
+        features, logits = network(batch)
+    return features.float(), logits.float()
 
 
 @torch.inference_mode()
 def predict(
-    network: ResNet,
-    images: Images,
+    network: Network,
+    inputs: Images | Embeddings,
     indices: Tensor,
     fields: Sequence[str] = ("logits",),
-    *,
-    eval_batch_size: int = 256,
-    amp: str = "off",
-    compile: bool = False,
+    settings: Settings = PUBLISHED,
     masks: Tensor | None = None,
     parameters: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
@@ -183,26 +195,24 @@ def predict(
     share the batches, rank 0 gets the result, and the others get None for each field.
     Raises UserError if an output is NaN or infinite.
     """
-    device, size, classes = images.pixels.device, eval_batch_size, network.fc.out_features
+    device, size = inputs.device, settings.eval_batch_size
     # Whole batches are shared out, so that each is the same computation on any number of ranks.
     edges = [min(e * size, len(indices)) for e in parallel.bounds(math.ceil(len(indices) / size))]
     first, last = edges[parallel.rank()], edges[parallel.rank() + 1]
     counts = [end - begin for begin, end in itertools.pairwise(edges)]
     rows, samples = max(counts), 0 if masks is None else len(masks)
-    shapes = {"features": (rows, network.feature_dim), "logits": (rows, classes)}
-    shapes["mc_logits"] = samples, rows, classes
+    shapes = {"features": (rows, network.feature_dim), "logits": (rows, network.fc.out_features)}
+    shapes["mc_logits"] = samples, *shapes["logits"]
     outputs = {name: torch.empty(shapes[name], device=device) for name in fields}
     folded, indices = fold_batchnorm(network), indices.to(device)
     for begin in _bar("predict", range(first, last, size)):
         end = min(begin + size, last)
         index = indices[begin:end]
-        if parameters is None:
-            batch = augment.normalize(images, index)
-        else:
-            batch = augment.augment(images, index, parameters[begin:end].to(device))
+        augmented = None if parameters is None else parameters[begin:end].to(device)
         # As in training, only whole batches are compiled.
-        forward = _compiled(_forward, device.type) if compile and len(index) == size else _forward
-        found = forward(folded, batch, masks, AMP[amp])
+        compiled = settings.compile and len(index) == size
+        forward = _compiled(_forward, device.type) if compiled else _forward
+        found = forward(folded, inputs.batch(index, augmented), masks, settings.amp)
         for name, tensor in outputs.items():
             tensor[..., begin - first : end - first, :] = found[name]
     for name, tensor in outputs.items():
@@ -212,10 +222,10 @@ def predict(
     return outputs
 
 
-def _forward(network: ResNet, images: Tensor, masks: Tensor | None, amp) -> dict[str, Tensor]:
+def _forward(network: Network, batch: Tensor, masks: Tensor | None, amp: str) -> dict[str, Tensor]:
     """One batch of `predict`: its fields by name."""
-    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-        pooled = network.pooled(images)
+    with torch.autocast(batch.device.type, dtype=AMP[amp], enabled=amp != "off"):
+        pooled = network.pooled(batch)
         features, logits = network.head(pooled)
         outputs = {"features": features, "logits": logits}
         if masks is not None:
@@ -223,7 +233,7 @@ def _forward(network: ResNet, images: Tensor, masks: Tensor | None, amp) -> dict
     return outputs
 
 
-def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> Tensor:
+def dropout_masks(network: Network, samples: int, generator: torch.Generator) -> Tensor:
     """Dropout masks (samples, P) of 0 and 1 / (1 - rate), on the network's device.
 
     One mask is one draw of the weights, applied to every image: what `BALD` marginalises over.
@@ -233,11 +243,13 @@ def dropout_masks(network: ResNet, samples: int, generator: torch.Generator) -> 
     return (masks / keep).to(network.fc.weight.device)
 
 
-def evaluate(network: ResNet, images: Images, targets: Tensor, **settings) -> float:
-    """Accuracy in percent, NaN without images; targets: (M,) int64. settings: as for `predict`."""
+def evaluate(
+    network: Network, inputs: Images | Embeddings, targets: Tensor, settings: Settings = PUBLISHED
+) -> float:
+    """Accuracy in percent on all of `inputs`, NaN without any; targets: (M,) int64."""
     if not len(targets):
         return math.nan
-    logits = predict(network, images, torch.arange(len(targets)), **settings)["logits"]
+    logits = predict(network, inputs, torch.arange(len(targets)), settings=settings)["logits"]
     return parallel.from_rank0(
         lambda: 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
     )

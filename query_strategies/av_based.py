@@ -19,7 +19,7 @@ from .outputs import PoolOutputs, top_k
 
 READS = ("logits",)  # fields of PoolOutputs
 
-NO_CANDIDATE = -1.0  # below every posterior: taken last, in chance order
+NO_CANDIDATE = -1.0  # below every posterior: taken last, in random order
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:

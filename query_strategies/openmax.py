@@ -31,8 +31,8 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 def fit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each class's mean logits (K, K), and shape (K,) and scale (K,) of its Weibull distribution.
 
-    logits: (m, K), targets: (m,), of the labeled images. The rightly classified ones count. A class
-    with fewer than three distinct positive distances to its mean gets an infinite scale: no
+    logits: (m, K), targets: (m,), of the labeled images. Only correctly classified ones count. A
+    class with fewer than three distinct positive distances to its mean gets an infinite scale: no
     distance is far from it. All float64, on the CPU.
     """
     logits, targets = logits.double().cpu(), targets.cpu()

@@ -27,9 +27,7 @@ class PoolOutputs(NamedTuple):
     invalid_features: Tensor | None = None  # (u, F) float32, one row per entry of Split.invalid
     classifier_logits: Tensor | None = None  # (n, K) float32, of the classifier on the pool
     precisions: tuple[float, ...] | None = None  # of the earlier rounds' queries, in [0, 1]
-    objective: nn.Module | None = (
-        None  # the method's own, as the querying network's training left it
-    )
+    objective: nn.Module | None = None  # the method's own, as training left it
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:

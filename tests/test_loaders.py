@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import pickle
 import re
@@ -44,8 +45,9 @@ def no_network(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
 
-def create(name, data_dir, **options):
-    return datasets.create(name, Path(data_dir), torch.device("cpu"), **options)
+def create(name, data_dir, known_class=None, known=None, **options):
+    which = datasets.Known(known_class, known)
+    return datasets.create(name, Path(data_dir), torch.device("cpu"), which, **options)
 
 
 def check_fails(name, data_dir, *parts):
@@ -392,6 +394,184 @@ def test_folder(tmp_path, capfd):
         assert isinstance(raw.train, kind)
     assert "1 files" in capfd.readouterr().out
     assert folder.load(data_dir, size=8).train.shape == (6, 8, 8, 3)
+    assert create("folder", data_dir, known=["bee", "cat", " wild"]).classes[1] == "cat, wild"
+
+
+def pixels_of(data_dir, size=16):
+    """The unscaled pixels of the images there, by name; unreadable ones are skipped."""
+    files, _ = folder.list_images(data_dir)
+    found = folder.read(data_dir, files, size, skip_broken=True)
+    names = [name for name in files if name not in found.broken]
+    return dict(zip(names, np.array(found.pixels), strict=True))
+
+
+def encoded(pixels, kind="TIFF", **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def test_an_image_corrected_in_place_is_read_again(tmp_path):
+    """Of the same size in bytes; the time of change of its content may be restored, too."""
+    for restored in (False, False, True, True):
+        pixels = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        (tmp_path / "a.bmp").write_bytes(encoded(pixels, "BMP"))
+        if restored:
+            os.utime(tmp_path / "a.bmp", ns=(1, 1))
+        for _ in range(2):
+            np.testing.assert_array_equal(pixels_of(tmp_path)["a.bmp"], pixels)
+
+
+def test_transparent_images_are_drawn_on_white(tmp_path, capfd):
+    grey, alpha = RNG.integers(256, size=(2, 16, 16), dtype=np.uint8)
+    colour, palette = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8), bytes(range(0, 256))
+    see_through = Image.fromarray(np.dstack([colour, alpha]))
+    indexed = Image.fromarray(grey).convert("P")
+    drawing = Image.fromarray(np.dstack([0 * colour, alpha]))
+    opaque = Image.fromarray(np.dstack([colour, 0 * alpha + 255]))
+    light = np.asarray(see_through.convert("L"))[..., None].repeat(3, 2)
+    solid, keyed = (grey != 0)[..., None], (colour.reshape(-1, 3)[7] != colour).any(2)[..., None]
+
+    def on_white(pixels, share):
+        return share * pixels + (1 - share) * 255
+
+    alpha, triple = alpha[..., None] / 255, np.repeat(grey[..., None], 3, 2)
+    made = {  # what is in the file, and how it looks
+        "drawing.png": (encoded(drawing, "PNG"), on_white(0 * colour, alpha)),
+        "rgba.tif": (encoded(see_through), on_white(colour, alpha)),
+        "rgba.webp": (
+            encoded(see_through, "WEBP", lossless=True, exact=True),
+            on_white(colour, alpha),
+        ),
+        "la.png": (encoded(see_through.convert("LA"), "PNG"), on_white(light, alpha)),
+        "index.png": (encoded(indexed, "PNG", transparency=0), on_white(triple, solid)),
+        "palette.png": (
+            encoded(indexed, "PNG", transparency=palette),
+            on_white(triple, triple / 255),
+        ),
+        "key.png": (
+            encoded(colour, "PNG", transparency=tuple(colour.reshape(-1, 3)[7].tolist())),
+            on_white(colour, keyed),
+        ),
+        "opaque.png": (encoded(opaque, "PNG"), colour),
+    }
+    write_folder(tmp_path, {name: content for name, (content, _) in made.items()})
+    found = pixels_of(tmp_path)
+    for name, (_, seen) in made.items():
+        np.testing.assert_allclose(found[name], seen, atol=1, err_msg=name)
+    assert "7 images" in capfd.readouterr().out
+
+
+RAMP = np.arange(256).reshape(16, 16)
+DEEP = {  # each has 256 levels
+    "fractions": (RAMP / 255).astype(np.float32),
+    "signed": (RAMP / 127.5 - 1).astype(np.float32),
+    "tiny": (RAMP / 2.0**20).astype(np.float32),
+    "as 8 bits": RAMP.astype(np.float32),
+    "10 bits": (RAMP * 4).astype(np.uint16),
+    "12 bits": (RAMP * 16).astype(np.uint16),
+    "14 bits": (RAMP * 64 + 5).astype(np.uint16),
+    "16 bits": (RAMP * 256 + 77).astype(np.uint16),
+    "thermal": (29000 + RAMP * 8).astype(np.uint16),
+    "int32": (RAMP << 23).astype(np.int32),
+    "CT": (RAMP * 16 - 1024).astype(np.int32),
+    "int32, few": (RAMP + 10**6).astype(np.int32),
+}
+
+
+def test_values_beyond_eight_bits_keep_their_levels(tmp_path, capfd):
+    files = {f"{name}.tif": encoded(values) for name, values in DEEP.items()}
+    for bits in (10, 12, 16):
+        values = (RAMP << (bits - 8)).astype(">u2").tobytes()
+        files[f"{bits}.pgm"] = b"P5 16 16 %d\n" % (2**bits - 1) + values
+    holes = np.where(RAMP == 3, np.nan, RAMP / 255).astype(np.float32)
+    found = pixels_of(write_folder(tmp_path, files | {"holes.tif": encoded(holes)}))
+    for name in files:
+        np.testing.assert_array_equal(found[name], RAMP[..., None].repeat(3, 2), err_msg=name)
+    assert not found["holes.tif"][0, 3].any() and len(np.unique(found["holes.tif"])) == 255
+    out = capfd.readouterr().out
+    assert "15 images" in out and out.count("scaled") == 1
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_upright_whatever_else_the_exif_data_say(tmp_path, turn):
+    """Turned as Pillow turns it, also if the other tags cannot be written back; else as it lies."""
+    pixels, exif = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8), Image.Exif()
+    exif[0x112], exif[0x11A] = turn, 72.0
+    sound = encoded(pixels, "PNG", exif=exif)
+    broken = encoded(pixels, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff" + bytes(9))
+    lost = encoded(pixels, "PNG", exif=b"Exif\0\0rubbish")
+    found = pixels_of(write_folder(tmp_path, {"a.png": sound, "b.png": broken, "c.png": lost}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(sound)))
+    np.testing.assert_array_equal(found["a.png"], np.asarray(upright))
+    np.testing.assert_array_equal(found["b.png"], pixels)
+    np.testing.assert_array_equal(found["c.png"], pixels)
+
+
+def test_only_what_is_in_the_folder_for_its_owner(tmp_path, capfd):
+    """No thumbnails and bins of the system, links to nowhere, or pipes; first pages are said."""
+    content, frames = trees.picture(RNG, (16, 16), kind="PNG"), []
+    for _ in range(3):
+        frames.append(Image.fromarray(RNG.integers(256, size=(16, 16, 3), dtype=np.uint8)))
+    pages = encoded(frames[0], save_all=True, append_images=frames[1:])
+    moving = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    bins = "@eaDir #recycle @Recycle $RECYCLE.BIN __MACOSX .Trash-1000 .@__thumb lost+found".split()
+    litter = {f"{at}{name}/a.png": content for name in bins for at in ("", "ant/")}
+    write_folder(tmp_path, litter | {"ant/a.png": content, "b.tif": pages, "c.png": moving})
+    (tmp_path / "notes").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = pixels_of(tmp_path)
+    assert [*found] == ["ant/a.png", "b.tif", "c.png"]
+    np.testing.assert_array_equal(found["b.tif"], np.asarray(frames[0]))
+    out = capfd.readouterr().out
+    assert "2 images" in out and "2 files" in out
+    (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError, match=r"lost\.png"):
+        folder.list_images(tmp_path)
+
+
+def test_a_failure_of_the_machine_is_not_remembered(tmp_path, monkeypatch):
+    """No memory ends the start; without its decoder an image is skipped until there is one."""
+    names = {"a.png", "b.jpg", "c.png"}
+    files = {
+        name: trees.picture(RNG, (16, 16), kind="JPEG" if "j" in name else "PNG") for name in names
+    }
+    write_folder(tmp_path / "train" / "ant", files | {"x.png": b"no image"})
+    data_dir = tmp_path / "train"
+    with monkeypatch.context() as patch:
+        patch.delattr(Image.core, "jpeg_decoder")
+        assert pixels_of(data_dir).keys() == {"ant/a.png", "ant/c.png"}
+    for _ in range(2):
+        assert pixels_of(data_dir).keys() == {f"ant/{name}" for name in names}
+    write_folder(tmp_path / "test" / "bee", files)
+    (data_dir / "ant/x.png").unlink()
+
+    def read_bytes(path):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        with pytest.raises(UserError, match=r"memory(?!.*batch)"):
+            create("folder", tmp_path)
+    assert folder.load(tmp_path).train.shape[0] == 3
+
+
+def test_a_cache_of_an_earlier_version(tmp_path, capfd):
+    """Is made anew from the files, and without them used as it is."""
+    write_folder(tmp_path, FILES)
+    check_arrays(tiny_imagenet.load(tmp_path), expected())
+    whole = (tmp_path / CACHE).read_bytes()
+    about = whole[whole.index(b'{"files"') :]
+    old = json.loads(about)
+    old = {"files": {name: state[0] for name, state in old["files"].items()}, "broken": {}}
+    (tmp_path / CACHE).write_bytes(whole.removesuffix(about) + json.dumps(old).encode())
+    alone = tmp_path / "alone" / CACHE
+    alone.parent.mkdir()
+    shutil.copyfile(tmp_path / CACHE, alone)
+    check_arrays(tiny_imagenet.load(alone.parent), expected())
+    check_arrays(tiny_imagenet.load(tmp_path), expected())
+    assert "note" in capfd.readouterr().out
+    assert (tmp_path / CACHE).read_bytes() == whole
 
 
 def test_folder_with_broken_images(tmp_path):
@@ -401,14 +581,17 @@ def test_folder_with_broken_images(tmp_path):
     write_folder(tmp_path, files | broken)
     check_fails("folder", tmp_path, "12 of 20", *sorted(broken)[:10])
     for _ in range(2):
-        read = folder.read(tmp_path, folder.list_images(tmp_path), 64, leave_out=True)
+        read = folder.read(tmp_path, folder.list_images(tmp_path)[0], 64, skip_broken=True)
         assert read.broken.keys() == broken.keys()
         np.testing.assert_array_equal(read.pixels, [twin(files[name], 64) for name in files])
     check_fails("folder", tmp_path, "12 of 20")
 
 
 def test_folder_name_and_identity(tmp_path, monkeypatch):
-    """Other images, names or known classes: another identity; another place: the same."""
+    """Other images, names or known classes: another identity; another place: the same.
+
+    The name in logs differs between different data, not between sizes or known classes of one.
+    """
     files = ANT | BEE
     other = dict(zip(files, reversed(files.values()), strict=True))
     renamed = {name.replace("4.png", "9.png"): files[name] for name in files}
@@ -420,7 +603,14 @@ def test_folder_name_and_identity(tmp_path, monkeypatch):
     found.append(create("folder", ".", known=["bee"]))
     assert found[0].identity == found[1].identity
     assert len({data.identity for data in found}) == 4
-    assert {data.name for data in found} == {"my-pets"}
+    found.append(create("folder", ".", image_size=8))
+    assert {data.name[:8] for data in found} == {"my-pets-"}
+    same = [
+        [number for number, other in enumerate(found) if other.name == data.name] for data in found
+    ]
+    assert same == [[0, 1, 4, 5], [0, 1, 4, 5], [2], [3], [0, 1, 4, 5], [0, 1, 4, 5]]
+    twins = [create("folder", write_folder(tmp_path / name, files)) for name in ("猫狗", "车辆")]
+    assert [data.name[:3] for data in twins] == ["猫狗-", "车辆-"]
     assert (found[0].train.height, found[0].train.width, found[0].train.padding) == (64, 64, 8)
 
 

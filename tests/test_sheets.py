@@ -16,7 +16,7 @@ from datasets import sheets
 from errors import UserError
 
 LATIN = ["a", "b", "7", " ", ",", ";", '"', "'", "é", "ñ", "ß"]  # what cp1252 can write
-QUERY = "file predicted probability label"
+QUERY = ("file", "predicted", "probability", "label")
 OTHERS = [*LATIN, "e\N{COMBINING ACUTE ACCENT}", "日", "ж"]
 
 
@@ -34,7 +34,7 @@ def save(draw, path, rows, verbatim=0):
         return draw(st.sampled_from(choices))
 
     columns = draw(st.permutations(["file", "label", *pick((), ("note", "probability"))]))
-    text, separator, newline = io.StringIO(newline=""), pick(",", ";"), pick("\n", "\r\n")
+    text, separator, newline = io.StringIO(newline=""), pick(",", ";", "\t"), pick("\n", "\r\n")
     form = {"delimiter": separator, "lineterminator": newline}
     sheet = csv.writer(text, quoting=pick(csv.QUOTE_ALL, csv.QUOTE_MINIMAL), **form)
     sheet.writerow([pick(name, name.upper(), f" {name.title()} ") for name in columns])
@@ -48,7 +48,7 @@ def save(draw, path, rows, verbatim=0):
         sheet.writerow([cells[name] for name in columns])
         text.write(pick("", "", newline, separator * len(columns) + newline))  # an empty row
     content, encoded = text.getvalue(), []
-    for encoding in ("utf-8", "utf-8-sig", "cp1252"):
+    for encoding in ("utf-8", "utf-8-sig", "cp1252", "utf-16"):
         with contextlib.suppress(UnicodeEncodeError):
             encoded.append(pick(content, content.removesuffix(newline)).encode(encoding))
     path.write_bytes(pick(*encoded))
@@ -96,7 +96,7 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.data(), words([*OTHERS, "\\", "./", "x "], min_size=3, max_size=12))
+@given(st.data(), words([*OTHERS, *"=+-@", "\\", "./", "x "], min_size=3, max_size=12))
 def test_a_written_query_is_filled_in_and_read(data, names):
     """A script fills the sheet in; no later sheet takes its place."""
     images = [f"{name}.png" for name in names]
@@ -104,18 +104,20 @@ def test_a_written_query_is_filled_in_and_read(data, names):
     with tempfile.TemporaryDirectory() as name:
         folder, query = Path(name), Path(name, "query_1.csv")
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
-        sheets.write_sheet(query, QUERY, [(file, "Cat", 1 / 3) for file in images])
+        sheets.write_sheet(query, QUERY, [(file, "Cat", 1 / 3, "") for file in images])
         assert sheets.read(folder, [*images, "start.png"]).queries == [dict.fromkeys(images)]
         rows = list(csv.DictReader(io.StringIO(query.read_text("utf-8-sig"), newline="")))
         others = dict(predicted="Cat", probability="0.3333", label="")
-        assert rows == [{"file": image} | others for image in images]
+        assert [row | {"file": ""} for row in rows] == [{"file": ""} | others for _ in images]
+        assert all(Path(row["file"]) == Path(file) for row, file in zip(rows, images, strict=True))
+        assert not any(row["file"].startswith(tuple("=+-@")) for row in rows)
         with query.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(r | {"label": a} for r, a in zip(rows, answers, strict=True))
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
-            sheets.write_sheet(query, QUERY, [(images[0], "Cat", 0.5)])
+            sheets.write_sheet(query, QUERY, [(images[0], "Cat", 0.5, "")])
         assert query.read_bytes() == filled
         [got] = sheets.read(folder, [*images, "start.png"]).queries
     assert list(got.items()) == list(zip(images, answers, strict=True))
@@ -161,14 +163,105 @@ def test_other_files_are_no_sheets_and_no_query_sheet_may_be_missing(tmp_path):
     assert (got.classes, got.labels["g.png"]) == (("Dög", "cat"), "Dög")  # as spelled first
     assert len(got.queries) == 1
     (tmp_path / "query_3.csv").write_text("file,label")
-    with pytest.raises(FileNotFoundError, match=r"query_2\.csv"):
+    with pytest.raises(UserError, match=r"query_2\.csv"):
         sheets.read(tmp_path, IMAGES)
 
 
 def test_predictions_are_replaced_in_a_form_that_excel_understands(tmp_path):
     for probability in (1 / 4, 3 / 4):
         rows = [("é,1.png", "dög", probability)]
-        sheets.write_sheet(tmp_path / "p.csv", "file class probability", rows)
+        sheets.write_sheet(tmp_path / "p.csv", ("file", "class", "probability"), rows)
     content = (tmp_path / "p.csv").read_bytes()
     assert content.startswith(codecs.BOM_UTF8)  # else it shows Ã© for é
     assert content.decode("utf-8-sig") == 'file,class,probability\r\n"é,1.png",dög,0.7500\r\n'
+
+
+NAMES = [
+    "query_1 (1).csv",
+    "query_1 - query_1.csv",
+    "query_1.CSV",
+    "Query 1.xlsx",
+    "query_1.csv.txt",
+]
+NAMES += ["Copy of query_1.csv", "answers/query_1.csv", "query_1.ods", "query_01.csv"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_sheet_saved_under_another_name_is_missed(tmp_path, name):
+    """Gone, or beside the unanswered original: the file is named, and no round is begun."""
+
+    def read():
+        others = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")]
+        return sheets.read(tmp_path, IMAGES, others)
+
+    (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
+    sheets.write_sheet(tmp_path / "query_1.csv", QUERY, [("b.png", "cat", 0.9, "")])
+    empty, copy = (tmp_path / "query_1.csv").read_bytes(), tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(b"PK\3\4" if name.endswith(("x", "s")) else empty.strip() + b"cat\r\n")
+    for gone in (False, True):
+        if gone:
+            (tmp_path / "query_1.csv").unlink()
+        with pytest.raises(UserError) as caught:
+            read()
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    copy.unlink()
+    with pytest.raises(UserError, match=r"query_1\.csv"):  # nothing looks like it
+        read()
+    (tmp_path / "query_1.csv").write_bytes(empty.strip() + b"cat\r\n")
+    copy.write_bytes(empty)  # nobody answered in it
+    assert read().labels == {"a.png": "cat", "b.png": "cat"}
+
+
+def test_a_copy_with_fewer_answers_is_no_matter(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
+    (tmp_path / "query_1.csv").write_text("file,label\nb.png,cat\nc.png,cat\nd.png,")
+    (tmp_path / "query_1 (1).csv").write_text("file,label\nb.png,cat\nc.png,\nd.png,")
+    got = sheets.read(tmp_path, IMAGES, ["query_1 (1).csv"])
+    assert got.queries == [{"b.png": "cat", "c.png": "cat", "d.png": None}]
+
+
+LANGUAGES = [("gbk", "猫 狗"), ("shift_jis", "ソ 猫"), ("cp1251", "кошка пёс")]
+
+
+@pytest.mark.parametrize("encoding, names", LANGUAGES)
+def test_sheets_of_other_countries(tmp_path, capsys, encoding, names):
+    """Guessed wrongly they are told, and no two classes become one; then the encoding is given."""
+    names = names.split()
+    text = "file,label\n" + "".join(f"{x}.png,{y}\n" for x, y in zip("ab", names, strict=True))
+    (tmp_path / "labels.csv").write_bytes(text.encode(encoding))
+    wrong = sheets.read(tmp_path, IMAGES)
+    told = capsys.readouterr().out
+    assert len(wrong.classes) == 2 and "--sheet-encoding" in told
+    assert all(name in told for name in ("labels.csv", "cp1252", *wrong.classes))
+    (tmp_path / "query_1.csv").write_bytes(f"file,label\nc.png,{names[0]}".encode("utf-16"))
+    got = sheets.read(tmp_path, IMAGES, encoding=encoding)
+    assert got.classes == tuple(sorted(names)) and got.labels["c.png"] == names[0]
+    assert "encoding" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"labels\.csv.*nonsense"):
+        sheets.read(tmp_path, IMAGES, encoding="nonsense")
+
+
+def test_labels_that_differ_in_case_are_one_class_and_said(tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text(
+        "file,label\na.png,Cat\nb.png,cat\nc.png,Straße\nd.png,STRASSE\ne.png,Unknown\nf.png,dog\n",
+        encoding="utf-8",
+    )
+    assert sheets.read(tmp_path, IMAGES).classes == ("Cat", "Straße", "dog")
+    out = capsys.readouterr().out
+    assert all(repr(name) in out for name in ("Cat", "cat", "Straße", "STRASSE"))
+    assert "dog" not in out and len(out.splitlines()) == 1
+
+
+def test_names_that_a_spreadsheet_takes_for_formulas(tmp_path):
+    """Typed with or without an apostrophe; written so that no cell begins like a formula."""
+    images = ["=a.png", "+b.png", "-c.png", "@d.png", "'=e.png", "in/=f.png"]
+    typed = ["=a.png", "'+b.png", "./-c.png", "'@d.png", "'=e.png", "in\\=f.png"]
+    rows = "".join(f"{file},=x\n" for file in typed)
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    assert [*sheets.read(tmp_path, images).labels] == images
+    header = ("file", "class", "temperature", "place")
+    cells = [("=a.png", "=x", -0.5, "@home"), ("+b.png", "-1", -2, "a-b")]
+    sheets.write_sheet(tmp_path / "p.csv", header, cells)
+    got = list(csv.reader(io.StringIO((tmp_path / "p.csv").read_text("utf-8-sig"))))
+    assert got[1:] == [["./=a.png", " =x", "-0.5000", " @home"], ["./+b.png", "-1", "-2", "a-b"]]

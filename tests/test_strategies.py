@@ -13,7 +13,7 @@ import torch
 from scipy.stats import weibull_min
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 import models
@@ -36,18 +36,20 @@ def pool(seed, size=SIZE, known=KNOWN, classes=None, labeled=30, invalid=12):
     """Random outputs, all but `objective`; of a detector unless `classes` says otherwise."""
     draws, classes = seeded(seed), classes or known + 1
     targets = torch.randint(known, (labeled,), generator=draws)
+    logits = 3 * torch.randn(size, classes, generator=draws)
+    labeled_logits = torch.randn(labeled, classes, generator=draws) + 3 * one_hot(targets, classes)
     return PoolOutputs(
-        size,
-        known,
-        torch.randn(size, FEATURES, generator=draws),
-        3 * torch.randn(size, classes, generator=draws),
-        3 * torch.randn(MASKS, size, classes, generator=draws),
-        torch.randn(labeled, FEATURES, generator=draws),
-        torch.randn(labeled, classes, generator=draws) + 3 * one_hot(targets, classes),
-        targets,
-        torch.randn(invalid, FEATURES, generator=draws),
-        3 * torch.randn(size, known, generator=draws),
-        precisions=(0.9, 0.2),
+        size=size,
+        num_known=known,
+        features=torch.randn(size, FEATURES, generator=draws),
+        logits=logits,
+        mc_logits=3 * torch.randn(MASKS, size, classes, generator=draws),
+        labeled_features=torch.randn(labeled, FEATURES, generator=draws),
+        labeled_logits=labeled_logits,
+        labeled_targets=targets,
+        invalid_features=torch.randn(invalid, FEATURES, generator=draws),
+        classifier_logits=logits[:, :known] + torch.randn(size, known, generator=draws),
+        precisions=(0.7, 0.2),
     )
 
 
@@ -60,7 +62,7 @@ def learnt(name, outputs, device):
     """The strategy's objective, prepared for an epoch with these invalid images."""
     invalid = torch.arange(len(outputs.invalid_features))
     detector = network(outputs.num_known, device)
-    objective = STRATEGIES[name].objective(detector, None, invalid, lambda *_: seeded(0))
+    objective = STRATEGIES[name].objective(detector, None, invalid, lambda *_: seeded(0)).to(device)
     objective.before_epoch(lambda indices: outputs.invalid_features[indices].to(device))
     return objective
 
@@ -70,10 +72,7 @@ def only_read(name, outputs, device="cpu"):
     read = {field: getattr(outputs, field) for field in STRATEGIES[name].READS}
     if "objective" in read:
         read["objective"] = learnt(name, outputs, device)
-    read = {
-        field: value.to(device) if isinstance(value, Tensor) else value
-        for field, value in read.items()
-    }
+    read = {key: each.to(device) if torch.is_tensor(each) else each for key, each in read.items()}
     return PoolOutputs(outputs.size, outputs.num_known, **read)
 
 
@@ -84,8 +83,8 @@ def changed(outputs, change):
     """The outputs with all tensors but the targets changed."""
     fields = outputs._asdict()
     del fields["labeled_targets"]
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    return outputs._replace(**{name: change(tensor) for name, tensor in tensors.items()})
+    fields = {name: each for name, each in fields.items() if torch.is_tensor(each)}
+    return outputs._replace(**{name: change(tensor) for name, tensor in fields.items()})
 
 
 def same(value, other):
@@ -93,7 +92,7 @@ def same(value, other):
     if isinstance(value, nn.Module):
         value, other = value.state_dict(), other.state_dict()
         return value.keys() == other.keys() and all(same(value[key], other[key]) for key in value)
-    return value.equal(other) if isinstance(value, Tensor) else value == other
+    return value.equal(other) if torch.is_tensor(value) else value == other
 
 
 def all_unknown(outputs):
@@ -267,7 +266,7 @@ def test_av_against_plain_mixtures(name):
     assert unknown or name != "AV_temperature"
 
 
-def test_lfosa_takes_known_images_by_chance_where_all_are_predicted_unknown():
+def test_lfosa_takes_known_images_at_random_where_all_are_predicted_unknown():
     """Then the query has known images in the pool's proportion, and not the surest unknown."""
     size, known, count, trials = 60, 15, 20, 300
     logits = torch.randn(size, KNOWN + 1, generator=seeded(0))
@@ -309,7 +308,8 @@ def test_badge_against_gradients_by_autograd(seed, copies):
     for row in logits:
         loss = cross_entropy(row, row.argmax())
         gradients += torch.autograd.grad(loss, weight, retain_graph=True)
-    given = PoolOutputs(len(features), KNOWN, features, logits.detach().float())
+    fields = {"features": features, "logits": logits.detach().float()}
+    given = PoolOutputs(len(features), KNOWN, **fields)
     positions = select("BADGE", given, count, seeded(seed))
 
     draws = seeded(seed)
@@ -397,7 +397,9 @@ def test_nearest_distinct_against_plain_loops(seed, spread):
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_takes_the_image_nearest_to_each_centre(seed):
     features = pool(seed, 80).features
-    positions = select("KMeans", PoolOutputs(80, KNOWN, features), 12, seeded(seed)).tolist()
+    positions = select(
+        "KMeans", PoolOutputs(80, KNOWN, features=features), 12, seeded(seed)
+    ).tolist()
     random_state = int(torch.randint(2**31, (), generator=seeded(seed)))
     fit = KMeans(12, init="random", n_init=1, max_iter=30, random_state=random_state)
     centers = fit.fit(features.numpy()).cluster_centers_

@@ -1,0 +1,122 @@
+"""A run whose oracle is a person: each start does one round and writes the next query sheet."""
+
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import models
+from datasets import OpenSetData, open_set
+from datasets.sheets import write_sheet
+from errors import UserError, tell
+from models import Network, parallel
+
+from .run import Run
+
+# Arguments that have no meaning here, because the sheets decide.
+SIMULATION = ("init_percent", "known_class", "max_query", "drop_unknown", "known", "class_seed")
+
+
+class AnnotatedRun(Run):
+    """The rounds follow from the sheets, and a query's precision is known a round later.
+
+    Raises UserError as Run does, and for a flag of the simulation.
+    """
+
+    def __init__(
+        self, args: Namespace, device: torch.device, data: OpenSetData, detector: bool
+    ) -> None:
+        for key in SIMULATION:
+            if key in args.given:
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"{flag} is not for use with labels.csv: the sheets decide")
+        args.resume = not args.overwrite
+        super().__init__(args, device, data, detector)
+        self.split = data.split
+        done, queries = len(data.sheets.queries), data.sheets.queries
+        waiting = bool(queries) and not any(queries[-1].values())
+        self.late = waiting and self.answers != data.answers  # than the newest sheet
+        if (self.round, self.answers) != (done, data.answers):
+            if self.round == done and self.networks and parallel.rank() == 0:
+                tell("answers or images changed after this round began: it starts again")
+            self.round, self.networks = done, {}
+        if not waiting:
+            self.answers = data.answers
+        self.log["Precision"] = data.sheets.precisions()
+
+    def first_split(self) -> open_set.Split:
+        return self.data.split
+
+    def default_query_batch(self) -> int:
+        return 50
+
+    def name(self) -> str:
+        """Without K, init and batch, because they change between rounds."""
+        return self._named("")
+
+    def rounds(self) -> Iterator[open_set.Split]:
+        """One round if the newest query has an answer; then it is the person's turn."""
+        self.begin()
+        queries = self.data.sheets.queries
+        if len(self.split.pool) and (not queries or any(queries[-1].values())):
+            self.began = time.monotonic()
+            yield self.split
+        if len(self.split.pool):
+            sheet = f"{self.data.folder}/query_{self.round}.csv"
+            if self.late:
+                self.files.tell(
+                    f"answers or images changed after {sheet} was written: used in the next round"
+                )
+            self.files.tell(f"fill in the column label of {sheet}, then run the same command again")
+        else:
+            self.finish()
+
+    def query(
+        self, split: open_set.Split, network: Network, classifier: Network | None = None
+    ) -> Tensor:
+        pool = self.data.train, split.pool
+        self.pool_logits = models.predict(classifier or network, *pool, settings=self.settings)
+        return super().query(split, network, classifier)
+
+    def oracle_measures(self, queried: Tensor) -> dict[str, float]:
+        return {}
+
+    def newest(self, name: str) -> float | None:
+        """Of the precision, that of the newest answers."""
+        return self.log[name].get(self.round - (name == "Precision"))
+
+    def end_round(self, accuracy: float, queried: Tensor) -> None:
+        """Measure the round, and write the sheet that asks the annotator about `queried`."""
+        self.measure(accuracy, queried)
+        self.save()
+        if parallel.rank() == 0:
+            self._ask(queried)
+        self.round += 1
+
+    def _ask(self, queried: Tensor) -> None:
+        """Write what the classifier predicts of the pool, and the sheet for the annotator."""
+        data, pool, logits = self.data, self.split.pool, self.pool_logits["logits"]
+        labels = data.targets[self.split.labeled.to(self.device)]
+        per_class = torch.bincount(labels, minlength=data.num_known).tolist()
+        counts = (f"{name} {count}" for name, count in zip(data.classes, per_class, strict=True))
+        self.files.tell(f"labeled: {', '.join(counts)}")
+        probability, label = logits.double().softmax(1).max(1)
+        found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
+        rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
+        header = ("file", "class", "probability")
+        write_sheet(f"{self.files.path}_predictions.csv", header, rows.values())
+        header = ("file", *data.columns, "predicted", "probability", "label")
+        asked = []
+        for i in queried.tolist():
+            file, *predicted = rows[i]
+            asked.append((file, *(cells[i] for cells in data.columns.values()), *predicted, ""))
+        sheet = f"{data.folder}/query_{self.round + 1}.csv"
+        write_sheet(sheet, header, asked)  # the last act
+
+    def unknown_classes(self) -> object:
+        return "some"
+
+    def save_queries(self) -> None:
+        """Nothing: the sheets say what was queried."""
