@@ -26,6 +26,7 @@ from .files import write_whole
 
 START, TEST, ASKED = "labels.csv", "test.csv", ".lfosa-asked"
 UNKNOWN, SKIP = "unknown", "skip"
+SAVED = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods", ".numbers")
 
 
 class Sheets(NamedTuple):
@@ -187,8 +188,8 @@ def _copies(others: Iterable[str]) -> dict[int, list[str]]:
     for path in sorted(others):
         name = path.rpartition("/")[2]
         match = re.search(r"query[ _-]?0*([1-9][0-9]{0,5})(?![0-9])", name, re.IGNORECASE)
-        page, lock = name.endswith(".html"), name.startswith("~$")
-        if match and path != f"query_{match[1]}.csv" and not page and not lock:
+        saved = name.casefold().endswith(SAVED) and not name.startswith("~$")  # Excel's locks
+        if match and saved and path != f"query_{match[1]}.csv":
             copies.setdefault(int(match[1]), []).append(path)
     return copies
 

@@ -19,6 +19,8 @@ NAMES = ["AV_temperature", "random", "uncertainty", "certainty", "Coreset", "BAL
 NAMES += ["AV_based", "AV_uncertainty", "Max_AV"]
 # Further ones that later papers compare with.
 NAMES += ["margin", "BADGE", "KMeans"]
+# LfOSA's successors, which change what the detector learns.
+NAMES += ["EOAL", "EAOA"]
 
 STRATEGIES = {name: import_module(f".{name.lower()}", __name__) for name in NAMES}
 

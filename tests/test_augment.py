@@ -11,10 +11,10 @@ from models import augment
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
-def make(count, size, padding, flip=True, seed=None):
+def make(count, size, padding, flip=True, degrees=augment.DEGREES, seed=None):
     """Random images as the project keeps them, and as PIL images."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return augment.to_device(pixels, MEAN, STD, padding, flip, "cpu"), pixels
+    return augment.to_device(pixels, MEAN, STD, padding, flip, degrees, "cpu"), pixels
 
 
 def plain(image, left, top, flip, angle, padding):
@@ -75,5 +75,7 @@ def test_parameters_follow_the_published_distribution():
     assert torch.allclose(angle.quantile(steps), 30 * steps - 15, atol=0.4)
     assert abs(np.corrcoef(left, top)[0, 1]) < 0.02
     assert abs(np.corrcoef(left, angle)[0, 1]) < 0.02
-    unflipped, _ = make(1, 8, 1, flip=False)
-    assert augment.draw(unflipped, 1000, torch.Generator().manual_seed(0))[:, 8].sum() == 0
+    upright, _ = make(1, 8, 1, flip=False, degrees=0)
+    parameters = augment.draw(upright, 1000, torch.Generator().manual_seed(0))
+    assert parameters[:, 8].sum() == 0
+    assert parameters[:, :6].unique(dim=0).tolist() == [[65536, 0, 32768, 0, 65536, 32768]]

@@ -24,7 +24,8 @@ import datasets
 import models
 import utils
 from errors import UserError
-from models import parallel
+from experiment.run import Run, generator
+from models import CenterLoss, Objective, Settings, parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 LFOSA = str(ROOT / "AL_center_temperature.py")
@@ -46,51 +47,50 @@ def arguments(*words):
 
 
 def new_network(dropout=0.0):
-    draws = utils.generator(1, "init")
+    draws = generator(1, "init")
     return models.create("resnet20", 5, 16, draws, torch.device("cpu"), dropout)
 
 
 def predicted(data, size):
     """Outputs of given weights for the first `size` images."""
     network = new_network(dropout=0.5)
-    masks = models.dropout_masks(network, 3, utils.generator(1, "masks"))
-    images = torch.arange(size)
-    return models.predict(network, data.train, images, FIELDS, eval_batch_size=64, masks=masks)
+    masks = models.dropout_masks(network, 3, generator(1, "masks"))
+    images, settings = torch.arange(size), Settings(eval_batch_size=64)
+    return models.predict(network, data.train, images, FIELDS, settings, masks)
 
 
 def selected(data, name, folder):
     """What strategy `name` queries, by an untrained network."""
     more = ["--max-epoch", "0", "--eval-batch-size", "64", "--save-dir", folder]
     args = arguments("--query-strategy", name, *more)
-    run = utils.Run(args, torch.device("cpu"), data)
-    network = run.train("detector", data.num_known + 1, run.split.labeled)
-    return run.select(run.predict(network, run.split))
+    run = Run(args, torch.device("cpu"), data, detector=True)
+    detector = run.train("detector", data.num_known + 1, run.split.labeled)
+    return run.query(run.split, detector, detector)
 
 
 def trained(data, images, fixed_batchnorm):
-    """Gradients, centers, loss and weights after one epoch of training on `images` images."""
-    network, found = new_network(), {}
+    """Gradients, centres, loss and weights after one epoch of training on `images` images."""
+    network, known = new_network(), data.num_known
     for module in network.modules():
         if fixed_batchnorm and isinstance(module, torch.nn.BatchNorm2d):
             module.eval().train = lambda mode=True: None  # models.train switches to training
-
-    def after_epoch(epochs, loss, snapshot):
-        found.update(loss=torch.tensor(loss), **snapshot()["centers"])
-
-    settings = {"max_epoch": 1, "batch_size": 32, "weight_cent": 0.1, "temperature": [0.5] * 5}
-    train = data.train, data.targets, torch.arange(images), partial(utils.generator, 1)
-    models.train(network, *train, after_epoch=after_epoch, **settings)
-    gradients = {name: p.grad for name, p in network.named_parameters()}
-    return {"gradients": gradients | found, "state": network.state_dict()}
+    shape, draws = (known, network.feature_dim), partial(generator, 1)
+    objective = CenterLoss(Objective([0.5] * (known + 1)), shape, 0.1, 0.5, draws("centers"))
+    inputs = data.train, data.targets, torch.arange(images), draws
+    settings = Settings(max_epoch=1, batch_size=32)
+    ((_, loss, _),) = models.train(network, objective, *inputs, settings)
+    found = {name: p.grad for name, p in network.named_parameters()}
+    found |= {"loss": torch.tensor(loss), **objective.state_dict()}
+    return {"step": found, "state": network.state_dict()}
 
 
 def computed(data, folder):
-    network, test = new_network(), (data.test, data.test_targets)
+    test = data.test, data.test_targets, Settings(eval_batch_size=64)
     return {
-        "accuracy": models.evaluate(network, *test, eval_batch_size=64),
+        "accuracy": models.evaluate(new_network(), *test),
         "predicted": {size: predicted(data, size) for size in POOLS},
         "selected": {name: selected(data, name, folder) for name in SELECTED},
-        "steps": {images: trained(data, images, True)["gradients"] for images in BATCHES},
+        "steps": {images: trained(data, images, True)["step"] for images in BATCHES},
     }
 
 
@@ -105,7 +105,7 @@ def fail():
 def program(folder):
     """What each of two processes does; the tests below judge what it finds."""
     device = parallel.setup_device(arguments())
-    data = datasets.create("digits", "", device)
+    data = datasets.create("digits", None, device, datasets.Known(4))
     found = computed(data, f"{folder}/selected")
     found["any"] = [parallel.any_rank(parallel.rank() == 1), parallel.any_rank(False)]
     # Batches of 32 and 1: the last step's stand-in image must not leave its batch statistics.
@@ -169,7 +169,7 @@ def inside_round(folder, done):
     """Whether `done` rounds or more are done, and a network is under training."""
     for path in folder.glob("*.pt"):
         state = torch.load(path, weights_only=True)
-        unfinished = any("optimizer" in network for network in state["networks"].values())
+        unfinished = any("scheduler" in network for network in state["networks"].values())
         return state["round"] >= done and unfinished
 
 
@@ -192,7 +192,8 @@ def pair(tmp_path_factory):
 def single(tmp_path_factory):
     """What this process alone computes."""
     folder = str(tmp_path_factory.mktemp("single"))
-    return computed(datasets.create("digits", "", torch.device("cpu")), folder)
+    data = datasets.create("digits", None, torch.device("cpu"), datasets.Known(4))
+    return computed(data, folder)
 
 
 def test_outputs_equal_those_of_one_process(pair, single):
@@ -213,7 +214,7 @@ def test_all_hear_of_a_signal_to_one(pair):
 
 
 @pytest.mark.parametrize("images", BATCHES)
-def test_gradients_are_those_of_the_batch_of_all_processes(pair, single, images):
+def test_gradients_and_centres_are_those_of_the_batch_of_all_processes(pair, single, images):
     expected = single["steps"][images]
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
     for rank in pair[2]:

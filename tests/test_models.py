@@ -1,7 +1,6 @@
 """The networks, their training and their outputs on a pool, against plain loops."""
 
 import copy
-import inspect
 import io
 import itertools
 import math
@@ -12,15 +11,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.resnet import BasicBlock
 
 import models
 from errors import UserError
-from models import augment, training
+from experiment.run import generator
+from models import CenterLoss, Objective, Settings, augment
 from models.resnet import NETWORKS, fold_batchnorm
-from utils import generator
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
@@ -38,7 +35,7 @@ def make_data(count=60, size=8, device=CPU):
     """Random images, and their targets: 4 known classes and, as class 4, unknown images."""
     shape = count, size, size, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    images = augment.to_device(pixels, MEAN, STD, 1, True, device)
+    images = augment.to_device(pixels, MEAN, STD, 1, True, 15, device)
     return images, (torch.arange(count) % 5).to(device)
 
 
@@ -46,13 +43,21 @@ def create(name="tiny", num_classes=5, feat_dim=0, seed=0, dropout=0.0, device=C
     return models.create(name, num_classes, feat_dim, generator(seed, "init"), device, dropout)
 
 
-def train(network, data, indices, **settings):
-    """Two epochs of batches of 16, unless `settings` say otherwise; returns their mean losses."""
-    losses = []
-    settings = {"max_epoch": 2, "batch_size": 16, "lr_model": 0.02} | settings
-    settings.setdefault("after_epoch", lambda epoch, loss, snapshot: losses.append(loss))
-    models.train(network, *data, indices, partial(generator, 0), **settings)
-    return losses
+def train(network, data, indices, objective=None, state=None, **settings):
+    """Begin two epochs of batches of 16, unless `settings` say otherwise."""
+    settings = Settings(**{"max_epoch": 2, "batch_size": 16, "lr_model": 0.02} | settings)
+    objective = objective or Objective()
+    return models.train(network, objective, *data, indices, partial(generator, 0), settings, state)
+
+
+def losses_of(training):
+    """Train to the end; the mean loss of each epoch."""
+    return [loss for _, loss, _ in training]
+
+
+def center_loss(network, weight, temperature=None, seed=0):
+    shape = 4, network.feature_dim
+    return CenterLoss(Objective(temperature), shape, weight, 0.5, generator(seed, "centers"))
 
 
 def plain_input(images, index):
@@ -89,6 +94,10 @@ BACKBONES = {
     "resnet18": (11_168_832, 512),
     "resnet34": (21_276_992, 512),
     "resnet50": (23_500_352, 2048),
+    # A quarter of the channels: a 16th of the weights between them, a 4th of all others.
+    "resnet18-narrow": (700_176, 128),
+    "resnet34-narrow": (1_333_328, 128),
+    "resnet50-narrow": (1_479_056, 512),
     "resnet20": (269_072, 64),
 }
 
@@ -182,7 +191,8 @@ def test_dropout_acts_on_the_pooled_vector_in_training_only():
 
 
 def plain_training(network, images, targets, indices, temperature, weight_cent):
-    """The published recipe, an image at a time: five epochs of batches of 16; the mean losses."""
+    """The published recipe, an image at a time: five epochs of batches of 16; the mean losses, and
+    the centres."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=5e-4)
     centers = torch.empty(4, network.feature_dim).normal_(generator=generator(0, "centers"))
@@ -196,22 +206,22 @@ def plain_training(network, images, targets, indices, temperature, weight_cent):
         total = 0.0
         for index, batch in zip(order.split(16), parameters.split(16), strict=True):
             features, logits = network(augment.augment(images, index, batch))
-            loss, distance, pull = 0.0, 0.0, torch.zeros_like(centers)
+            loss, pull = 0.0, torch.zeros_like(centers)
             for feature, row, i in zip(features, logits, index.tolist(), strict=True):
                 target = int(targets[i])
                 row = row / (temperature[target] if temperature else 1)
                 loss = loss + row.logsumexp(0) - row[target]
                 if target < 4:  # an invalid image has no centre, but counts in len(index)
                     difference = feature - centers[target]
-                    distance = distance + difference.square().sum()
+                    loss = loss + weight_cent * difference.square().sum()
                     pull[target] -= 2 * difference.detach()
             optimizer.zero_grad()
-            ((loss + weight_cent * distance) / len(index)).backward()
+            (loss / len(index)).backward()
             optimizer.step()
             centers -= 0.5 * pull / len(index)  # as if their loss had weight 1
             total += float(loss.detach())
         losses.append(total / len(indices))
-    return losses
+    return losses, centers
 
 
 @pytest.mark.parametrize("temperature", [None, [0.5] * 4 + [2.0]])
@@ -220,54 +230,90 @@ def test_training_is_plain_sgd_on_the_mean_loss(weight_cent, temperature):
     """Center loss, weight decay, decay of the learning rate, a partial batch, repeated images."""
     data, indices = make_data(), torch.cat([torch.arange(3, 43), torch.tensor([4, 4, 9, 6])])
     ours, theirs = create(feat_dim=3), create(feat_dim=3)
-    settings = {"max_epoch": 5, "stepsize": 2, "weight_cent": weight_cent, "num_centers": 4}
-    losses = train(ours, data, indices, temperature=temperature, **settings)
-    expected = plain_training(theirs, *data, indices, temperature, weight_cent)
+    objective = Objective(temperature)
+    if weight_cent:
+        objective = center_loss(ours, weight_cent, temperature)
+    losses = losses_of(train(ours, data, indices, objective, max_epoch=5, stepsize=2))
+    expected, centers = plain_training(theirs, *data, indices, temperature, weight_cent)
     assert losses == pytest.approx(expected, rel=1e-5)
     for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(parameter, other, rtol=0, atol=2e-6)
+    for parameter in objective.parameters():
+        assert torch.allclose(parameter, centers, rtol=0, atol=2e-5)
 
 
-def test_the_published_setting_is_the_default():
-    published = {"max_epoch": 100, "batch_size": 128, "lr_model": 0.01, "stepsize": 20}
-    published |= {"gamma": 0.5, "weight_cent": 0.0, "lr_cent": 0.5, "amp": "off"}
-    parameters = inspect.signature(models.train).parameters
-    assert {key: parameters[key].default for key in published} == published
+class Anchored(Objective):
+    """What a method may do: a head of its own, and points that each epoch finds anew."""
+
+    def __init__(self, network, seed=0):
+        super().__init__([0.5] * 5)
+        self.head = nn.Parameter(torch.randn(network.feature_dim, generator=generator(seed)))
+        self.found, self.batches = [], []
+
+    def optimizers(self):
+        return [torch.optim.SGD([self.head], 0.01, 0.9, nesterov=True)]
+
+    def before_epoch(self, features_of):
+        self.found.append(features_of(torch.arange(7)))
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        anchor = self.found[-1].mean(0)
+        own = ((batch.features - anchor) @ self.head - 1).square().sum()
+        return super().forward(batch) + 0.1 * own
+
+
+def test_an_objective_sees_the_images_of_each_batch_and_the_network_before_each_epoch():
+    network, data = create(), make_data()
+    objective, indices, seen = Anchored(network), torch.tensor([*range(20), 3, 3]), 0
+    states = [copy.deepcopy(network)]
+    for _ in train(network, data, indices, objective, max_epoch=3):
+        states.append(copy.deepcopy(network))
+        of_epoch, seen = objective.batches[seen:], len(objective.batches)
+        images = torch.cat([batch.index for batch in of_epoch])
+        assert images.sort().values.tolist() == sorted(indices.tolist())
+        assert all(data[1][batch.index].equal(batch.targets) for batch in of_epoch)
+    for state, found in zip(states[:-1], objective.found, strict=True):
+        expected = models.predict(state, data[0], torch.arange(7), ("features",))["features"]
+        assert torch.equal(found, expected)
 
 
 def test_a_batch_of_one_image_on_a_1x1_feature_map():
     """8x8 images through resnet18: in the last batch, batch norm has one value per channel."""
     network, data = create("resnet18", feat_dim=2), make_data()
-    losses = train(network, data, torch.arange(5), batch_size=4)  # raises if not finite
+    losses = losses_of(train(network, data, torch.arange(5), batch_size=4))  # raises if not finite
     assert losses[1] != losses[0]
     models.predict(network, data[0], torch.arange(5))  # likewise
 
 
-DIVERGENCES = {
-    "loss": {"lr_model": 1e9},
-    "weights, in the last step": {"lr_model": 1e38, "temperature": [1e-3] * 5, "batch_size": 40},
+DIVERGENCES = {  # temperature, and settings
+    "loss": (None, {"lr_model": 1e9}),
+    "weights, in the last step": ([1e-3] * 5, {"lr_model": 1e38, "batch_size": 40}),
 }
 
 
 @pytest.mark.parametrize("what", DIVERGENCES)
-def test_divergence_is_the_users_to_mend_and_is_not_kept(what):
-    kept, settings = [], DIVERGENCES[what] | {"after_epoch": lambda *epoch: kept.append(epoch)}
+def test_divergence_is_the_users_to_fix_and_is_not_kept(what):
+    kept, (temperature, settings) = [], DIVERGENCES[what]
+    objective = Objective(temperature)
     with pytest.raises(UserError, match="--lr-model"):
-        train(create(), make_data(), torch.arange(40), **settings)
+        kept.extend(train(create(), make_data(), torch.arange(40), objective, **settings))
     assert not kept
 
 
-OVERFLOW = {"amp": "fp16", "temperature": [0.2] * 5}  # gradients too large for the first steps
+def overflowing(network, seed=0):  # gradients too large for the first steps in fp16
+    return Objective([0.2] * 5)
 
 
 def test_a_first_step_that_overflows_in_fp16_is_skipped():
     network, new = create(), create()
+    fp16 = make_data(), torch.arange(16), overflowing(network)
     torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
     try:
-        train(network, make_data(), torch.arange(16), max_epoch=1, **OVERFLOW)
+        losses_of(train(network, *fp16, amp="fp16", max_epoch=1))
         for parameter, first in zip(network.parameters(), new.parameters(), strict=True):
             assert torch.equal(parameter, first)
-        train(network, make_data(), torch.arange(16), max_epoch=4, **OVERFLOW)
+        losses_of(train(network, *fp16, amp="fp16", max_epoch=4))
     finally:
         torch.use_deterministic_algorithms(False)
     for parameter, first in zip(network.parameters(), new.parameters(), strict=True):
@@ -275,41 +321,51 @@ def test_a_first_step_that_overflows_in_fp16_is_skipped():
         assert not torch.equal(parameter, first)
 
 
-VARIANTS = {  # settings, and the probability of dropout
-    "plain": ({}, 0.0),
-    "dropout": ({}, 0.5),
-    "center loss": ({"weight_cent": 0.1, "num_centers": 4}, 0.0),
-    "fp16 after a skipped step": (OVERFLOW, 0.0),
-    "all": ({"amp": "bf16", "weight_cent": 0.1, "temperature": [0.5] * 4 + [1.0]}, 0.5),
+def plain(network, seed=0):
+    return Objective()
+
+
+def with_centers(network, seed=0):
+    return center_loss(network, 0.1, [0.5] * 4 + [1.0], seed)
+
+
+VARIANTS = {  # what makes the objective of a network, settings, and the probability of dropout
+    "plain": (plain, {}, 0.0),
+    "dropout": (plain, {}, 0.5),
+    "center loss": (with_centers, {}, 0.0),
+    "fp16 after a skipped step": (overflowing, {"amp": "fp16"}, 0.0),
+    "a method's own": (Anchored, {}, 0.0),
+    "bf16, center loss, dropout": (with_centers, {"amp": "bf16"}, 0.5),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_interrupted_after_every_epoch_is_the_same_bit_by_bit(variant):
-    settings, dropout = VARIANTS[variant]
-    settings = {"max_epoch": 4, "stepsize": 2, "batch_size": 16} | settings
-    data, indices = make_data(), torch.arange(40)
-    whole, saved, losses = create(dropout=dropout), io.BytesIO(), []
-    expected = train(whole, data, indices, **settings)
+    make, settings, dropout = VARIANTS[variant]
+    settings = {"max_epoch": 4, "stepsize": 2} | settings
+    data, indices, saved, losses = make_data(), torch.arange(40), io.BytesIO(), []
+    whole = create(dropout=dropout)
+    objective = make(whole)
+    expected = losses_of(train(whole, data, indices, objective, **settings))
 
-    def after_epoch(epoch, loss, snapshot):
+    state = None
+    for seed in range(4):  # another process knows nothing but the file
+        torch.manual_seed(seed)
+        network = create(dropout=dropout, seed=seed)
+        other = make(network, seed)
+        _, loss, snapshot = next(train(network, data, indices, other, state, **settings))
         losses.append(loss)
         saved.seek(0)
         torch.save(snapshot(), saved)
-        raise KeyboardInterrupt
-
-    network, state = create(dropout=dropout), None
-    for epoch in range(4):
-        with pytest.raises(KeyboardInterrupt):
-            train(network, data, indices, state=state, after_epoch=after_epoch, **settings)
-        # Another process knows nothing but the file.
         saved.seek(0)
         state = torch.load(saved, weights_only=True)
-        torch.manual_seed(epoch)
-        network = create(dropout=dropout, seed=epoch + 1)
-    assert train(network, data, indices, state=state, **settings) == []
     assert losses == expected
+    kept = {key: state[key] for key in ("epoch", "network", "objective")}  # of a finished one
+    network = create(dropout=dropout, seed=5)
+    other = make(network, 5)
+    assert losses_of(train(network, data, indices, other, kept, **settings)) == []
     assert_same(network, whole)
+    assert_same(other, objective)
 
 
 # ---- prediction --------------------------------------------------------------------------------
@@ -333,9 +389,9 @@ def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, augmented)
             expected["features"][i], expected["logits"][i] = (out[0] for out in plain(image))
             for j, mask in enumerate(masks):
                 expected["mc_logits"][j, i] = plain.head(plain.pooled(image)[0] * mask)[1]
-    settings = {"eval_batch_size": eval_batch_size, "masks": masks, "parameters": parameters}
+    more = Settings(eval_batch_size=eval_batch_size), masks, parameters
     for fields in (FIELDS, ("mc_logits",)):
-        outputs = models.predict(network, images, indices, fields, **settings)
+        outputs = models.predict(network, images, indices, fields, *more)
         assert tuple(outputs) == fields
         for field in fields:
             assert outputs[field].dtype == torch.float32
@@ -358,10 +414,11 @@ def test_accuracy_equals_counting():
     guesses = [row.index(max(row)) for row in logits]
     correct = sum(a == b for a, b in zip(guesses, targets.tolist(), strict=True))
     assert 0 < correct < 37
-    assert models.evaluate(network, images, targets, eval_batch_size=16) == 100 * correct / 37
+    found = models.evaluate(network, images, targets, Settings(eval_batch_size=16))
+    assert found == 100 * correct / 37
 
 
-def test_outputs_that_are_not_finite_are_the_users_to_mend():
+def test_outputs_that_are_not_finite_are_the_users_to_fix():
     network, data = create(), make_data()
     network.fc.bias.data[0] = math.nan
     with pytest.raises(UserError, match="--lr-model"):
@@ -373,7 +430,12 @@ def test_outputs_that_are_not_finite_are_the_users_to_mend():
 
 def test_compilation_happens_in_the_first_round_only_and_changes_nothing(monkeypatch):
     """Batches of another shape, or the next round's networks, would be compiled anew."""
-    backend, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile  # a fast one
+    compiled, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph  # a fast one
+
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend=backend))
     data = make_data()
     for number in range(3):
@@ -381,49 +443,20 @@ def test_compilation_happens_in_the_first_round_only_and_changes_nothing(monkeyp
         outputs = []
         for compile in (False, True):
             network = create(feat_dim=2, seed=number, dropout=0.5)
-            train(network, data, labeled, compile=compile)
+            losses_of(train(network, data, labeled, compile=compile))
             masks = models.dropout_masks(network, 3, generator(number))
-            settings = {"eval_batch_size": 16, "masks": masks, "compile": compile}
-            outputs.append(models.predict(network, data[0], pool, FIELDS, **settings))
+            settings = Settings(eval_batch_size=16, compile=compile)
+            outputs.append(models.predict(network, data[0], pool, FIELDS, settings, masks))
         for field in FIELDS:
-            eager, compiled = (output[field] for output in outputs)
-            assert eager.shape == compiled.shape
-            assert torch.allclose(eager, compiled, rtol=1e-3, atol=1e-4), field
-        assert backend.frame_count == 2  # a step of training, a batch of prediction
+            eager, fast = (output[field] for output in outputs)
+            assert eager.shape == fast.shape
+            assert torch.allclose(eager, fast, rtol=1e-3, atol=1e-4), field
+        if number == 0:
+            first = len(compiled)
+        assert len(compiled) == first > 0
 
 
 # ---- CUDA --------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="its cross_entropy asks for a real device")
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_cuda_path_mixes_no_devices(monkeypatch):
-    """Without a GPU: fake tensors compute nothing and have no backward pass, but refuse to mix
-    host and device. Training goes up to the loss of its first step, prediction to its end."""
-
-    def loss_alone(*args, batch_loss=training.batch_loss):
-        features, loss = batch_loss(*args)
-        assert (features.device.type, loss.device.type) == ("cuda", "cuda")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "batch_loss", loss_alone)
-    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
-    monkeypatch.setattr(FakeTensor, "__bool__", lambda tensor: True, raising=False)
-    mode = FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # fold_batchnorm copies the network
-    with mode:
-        with torch.device("cuda"):
-            network = models.ResNet("resnet20", 5, 2, 0.5)
-        data, index = make_data(20, device=torch.device("cuda")), torch.arange(20)
-        parameters = augment.draw(data[0], 20, generator(0))
-        with pytest.raises(RuntimeError, match="device"):  # it does refuse
-            augment.augment(data[0], index, parameters.cuda())
-        with pytest.raises(KeyboardInterrupt):
-            train(network, data, index, temperature=[0.5] * 5)
-        masks = models.dropout_masks(network, 3, generator(0))
-        for settings in ({"parameters": None}, {"parameters": parameters}):
-            outputs = models.predict(network, data[0], index, FIELDS, masks=masks, **settings)
-            assert {outputs[field].device.type for field in FIELDS} == {"cuda"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -431,13 +464,13 @@ def test_cuda_path_mixes_no_devices(monkeypatch):
 @pytest.mark.parametrize("amp", list(models.AMP))
 def test_training_and_prediction_on_cuda(amp, compile):
     """The outputs are the CPU's, within the precision of the type."""
-    device, index, settings = torch.device("cuda"), torch.arange(50), {"amp": amp}
+    device, index = torch.device("cuda"), torch.arange(50)
+    settings = {"amp": amp, "compile": compile, "eval_batch_size": 16}
     network, data = create("resnet18", 5, 2, 0, 0.5, device), make_data(size=32, device=device)
-    settings["compile"] = compile
-    train(network, data, index, temperature=[0.5] * 5, weight_cent=0.1, **settings)
+    objective = center_loss(network, 0.1, [0.5] * 5).to(device)
+    losses_of(train(network, data, index, objective, **settings))
     masks = models.dropout_masks(network, 3, generator(0))
-    settings |= {"eval_batch_size": 16, "masks": masks}
-    ours = models.predict(network, data[0], index, FIELDS, **settings)
+    ours = models.predict(network, data[0], index, FIELDS, Settings(**settings), masks)
     network, images = network.cpu(), make_data(size=32)[0]
     expected = models.predict(network, images, index, FIELDS, masks=masks.cpu())
     for field in FIELDS:

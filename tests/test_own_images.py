@@ -16,8 +16,8 @@ from forks import BASELINE, LFOSA, ROOT, assert_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import utils
 from datasets import open_set
+from experiment.run import generator
 
 FOLDER = "--dataset folder --use-cpu --no-tensorboard --image-size 8 --data-dir pictures".split()
 QUICK = [*FOLDER, "--max-epoch", "1", "--query-batch", "4"]
@@ -94,7 +94,7 @@ def test_a_person_is_asked_what_the_simulation_asks(forks, tmp_path):
 
     train = sorted(file for file in person.truth if file.startswith("train/"))
     known = torch.tensor([person.truth[file] != "unknown" for file in train])
-    start = open_set.initial_split(known, 30, utils.generator(1, "split")).labeled
+    start = open_set.initial_split(known, 30, generator(1, "split")).labeled
     write(person.folder / "labels.csv", {train[i]: person.truth[train[i]] for i in start})
     tests = {file: digit for file, digit in person.truth.items() if file.startswith("test/")}
     write(person.folder / "test.csv", tests)
@@ -214,8 +214,58 @@ def test_a_start_without_a_class_is_told(forks, person):
     assert_one_line(forks.run(person.home, LFOSA, *UNTRAINED), "labels.csv", "class")
 
 
-def test_another_folder_of_the_same_name_is_told_apart(forks, tmp_path):
+def test_the_folder_may_move_and_another_of_its_name_is_kept_apart(forks, tmp_path):
     here, there = (Person(tmp_path / name) for name in ("here", "there"))
-    command = [LFOSA, *UNTRAINED, "--save-dir", tmp_path / "log"]
+    tested = [file for file in here.truth if file.endswith("/3.png")]
+    write(here.folder / "test.csv", {file: here.truth[file] for file in tested})
+    command = [LFOSA, *QUICK, "--save-dir", tmp_path / "log"]
     succeed(forks, here.home, *command)
-    assert_one_line(forks.run(there.home, *command), "another run")
+    here.answer(1)
+    moved = tmp_path / "disk" / "mounted"
+    shutil.copytree(here.folder, moved)
+    shutil.rmtree(here.folder)
+    succeed(forks, tmp_path, *command, "--data-dir", moved)
+    here.folder = moved
+    assert len(here.asked(2)) == 4
+    succeed(forks, there.home, *command)
+    logs = [pickle.loads(log.read_bytes()) for log in (tmp_path / "log").glob("*.pkl")]
+    assert sorted(len(log["Acc"]) for log in logs) == [0, 2]
+    (moved / ".lfosa-name").unlink()
+    assert ".lfosa-name" in succeed(forks, tmp_path, *command, "--data-dir", moved).stdout
+
+
+def test_an_answered_copy_of_a_sheet_stops_the_round(forks, person):
+    succeed(forks, person.home, BASELINE, *UNTRAINED)
+    sheet, copy = person.folder / "query_1.csv", person.folder / "query_1 (1).csv"
+    empty = sheet.read_bytes()
+    person.answer(1)
+    sheet.rename(copy)
+    assert_one_line(forks.run(person.home, BASELINE, *UNTRAINED), copy.name)
+    sheet.write_bytes(empty)
+    assert_one_line(forks.run(person.home, BASELINE, *UNTRAINED), copy.name)
+    copy.replace(sheet)
+    succeed(forks, person.home, BASELINE, *UNTRAINED)
+    assert not set(person.asked(2)) & set(person.asked(1))
+    (person.folder / "query_2.csv").unlink()
+    assert_one_line(forks.run(person.home, BASELINE, *UNTRAINED), "query_2.csv", ".lfosa-asked")
+    (person.folder / ".lfosa-asked").unlink()
+    succeed(forks, person.home, BASELINE, *UNTRAINED)
+    assert len(person.asked(2)) == 4
+
+
+def test_rows_added_while_a_query_is_unanswered_are_said_and_used(forks, person):
+    """Also of a class of which no image can be read: its count stays in the line of counts."""
+    succeed(forks, person.home, BASELINE, *UNTRAINED)
+    assert "changed" not in succeed(forks, person.home, BASELINE, *UNTRAINED).stdout
+    asked = person.asked(1)
+    late = next(x for x in person.truth if x not in asked and x not in person.start)
+    (person.folder / "mixed/broken.png").write_bytes(b"no image")
+    with (person.folder / "labels.csv").open("a") as sheet:
+        sheet.write(f"{late},unknown\nmixed/broken.png,zebra\n")
+    for _ in range(2):
+        assert "changed" in succeed(forks, person.home, BASELINE, *UNTRAINED).stdout
+    assert person.asked(1) == asked
+    person.answer(1)
+    ran = succeed(forks, person.home, BASELINE, *UNTRAINED, "--query-batch", "99")
+    assert "zebra 0" in ran.stdout and "changed" not in ran.stdout
+    assert late not in person.asked(2) and len(person.asked(2)) == 40 - 4 - 4 - 1

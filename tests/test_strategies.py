@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 from torch.nn.functional import cross_entropy, one_hot
 
+import models
 from query_strategies import STRATEGIES, PoolOutputs, kmeans, select
 from query_strategies.uncertainty import entropy
 
@@ -28,21 +29,34 @@ def pool(seed, size=SIZE, known=KNOWN, classes=None, labeled=30):
     """Random outputs with every field filled; of a detector unless `classes` says otherwise."""
     draws, classes = seeded(seed), classes or known + 1
     targets = torch.randint(known, (labeled,), generator=draws)
+    logits = 3 * torch.randn(size, classes, generator=draws)
+    labeled_logits = torch.randn(labeled, classes, generator=draws) + 3 * one_hot(targets, classes)
     return PoolOutputs(
-        size,
-        known,
-        torch.randn(size, FEATURES, generator=draws),
-        3 * torch.randn(size, classes, generator=draws),
-        3 * torch.randn(MASKS, size, classes, generator=draws),
-        torch.randn(labeled, FEATURES, generator=draws),
-        torch.randn(labeled, classes, generator=draws) + 3 * one_hot(targets, classes),
-        targets,
+        size=size,
+        num_known=known,
+        features=torch.randn(size, FEATURES, generator=draws),
+        logits=logits,
+        mc_logits=3 * torch.randn(MASKS, size, classes, generator=draws),
+        labeled_features=torch.randn(labeled, FEATURES, generator=draws),
+        labeled_logits=labeled_logits,
+        labeled_targets=targets,
+        invalid_features=torch.randn(6, FEATURES, generator=draws),
+        classifier_logits=logits[:, :known] + torch.randn(size, known, generator=draws),
+        precisions=(0.7, 0.2),
     )
 
 
 def only_read(name, outputs, device="cpu"):
     """The outputs as strategy `name` gets them: what it does not list in READS is None."""
-    read = {field: getattr(outputs, field).to(device) for field in STRATEGIES[name].READS}
+    strategy, fields = STRATEGIES[name], outputs._asdict()
+    if "objective" in strategy.READS:  # as an epoch leaves it
+        network = models.create("resnet20", outputs.num_known + 1, FEATURES, seeded(0), device)
+        invalid = torch.arange(6)
+        objective = strategy.objective(network, None, invalid, lambda *_: seeded(0)).to(device)
+        objective.before_epoch(lambda images: outputs.invalid_features[images].to(device))
+        fields["objective"] = objective
+    read = {field: fields[field] for field in strategy.READS}
+    read = {key: each.to(device) if torch.is_tensor(each) else each for key, each in read.items()}
     return PoolOutputs(outputs.size, outputs.num_known, **read)
 
 
@@ -52,7 +66,8 @@ def only_read(name, outputs, device="cpu"):
 def changed(outputs, change):
     """The outputs with all tensors but the targets changed."""
     fields = outputs._asdict()
-    del fields["size"], fields["num_known"], fields["labeled_targets"]
+    del fields["labeled_targets"]
+    fields = {name: each for name, each in fields.items() if torch.is_tensor(each)}
     return outputs._replace(**{name: change(tensor) for name, tensor in fields.items()})
 
 
@@ -84,15 +99,18 @@ def global_random_state():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_contract(name, kind, device):
     make = POOLS[kind]
+    if kind == "classifier of one class" and getattr(STRATEGIES[name], "NEEDS_DETECTOR", False):
+        pytest.skip("a detector has two outputs or more")
     for seed in range(2):
         size = make(seed).size
         for count in {1, 2, size // 2, size - 1, size, size + 1, 10 * size} - {0}:
             given = only_read(name, make(seed), device)
+            read = {k: v for k, v in given._asdict().items() if torch.is_tensor(v)}
             state = global_random_state()
             positions = select(name, given, count, seeded(seed))
             assert global_random_state() == state
-            for field in STRATEGIES[name].READS:
-                assert getattr(given, field).cpu().equal(getattr(make(seed), field))
+            for field, tensor in read.items():
+                assert tensor.cpu().equal(getattr(make(seed), field))
             assert positions.dtype == torch.int64
             assert positions.device.type == "cpu"
             assert positions.shape == (min(count, size),)
@@ -222,7 +240,7 @@ def test_av_against_plain_mixtures(name):
     assert unknown or name != "AV_temperature"
 
 
-def test_lfosa_takes_known_images_by_chance_where_all_are_predicted_unknown():
+def test_lfosa_takes_known_images_at_random_where_all_are_predicted_unknown():
     """Then the query has known images in the pool's proportion, and not the surest unknown."""
     size, known, count, trials = 60, 15, 20, 300
     logits = torch.randn(size, KNOWN + 1, generator=seeded(0))
@@ -264,7 +282,8 @@ def test_badge_against_gradients_by_autograd(seed, copies):
     for row in logits:
         loss = cross_entropy(row, row.argmax())
         gradients += torch.autograd.grad(loss, weight, retain_graph=True)
-    given = PoolOutputs(len(features), KNOWN, features, logits.detach().float())
+    fields = {"features": features, "logits": logits.detach().float()}
+    given = PoolOutputs(len(features), KNOWN, **fields)
     positions = select("BADGE", given, count, seeded(seed))
 
     draws = seeded(seed)
@@ -352,7 +371,9 @@ def test_nearest_distinct_against_plain_loops(seed, spread):
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_takes_the_image_nearest_to_each_centre(seed):
     features = pool(seed, 80).features
-    positions = select("KMeans", PoolOutputs(80, KNOWN, features), 12, seeded(seed)).tolist()
+    positions = select(
+        "KMeans", PoolOutputs(80, KNOWN, features=features), 12, seeded(seed)
+    ).tolist()
     random_state = int(torch.randint(2**31, (), generator=seeded(seed)))
     fit = KMeans(12, init="random", n_init=1, max_iter=30, random_state=random_state)
     centers = fit.fit(features.numpy()).cluster_centers_
