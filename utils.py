@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import difflib
 import math
 import os
@@ -67,11 +66,6 @@ def encoder(text: str) -> str:
         near = difflib.get_close_matches(text, names, n=3, cutoff=0)
         raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
     return text
-
-
-def listed(text: str) -> list[str]:
-    """argparse type: names between commas; a name with a comma stands in double quotes."""
-    return next(csv.reader([text]))
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -161,7 +155,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(experiment, "--augment-pool", "query through the training augmentation, as released")
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
-    add(which, "--known", listed, "A,B", "names of the known classes instead")
+    add(which, "--known", partial(str.split, sep=","), "A,B", "names of the known classes instead")
     add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
     add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")

@@ -109,6 +109,7 @@ class OpenSetData(NamedTuple):
     left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
     folder: Path | None = None  # where the annotator's sheets are
     columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else these tell of training images
+    pictures: tuple[str, ...] = ()  # their files, relative to the folder; "": there is none
 
 
 def create(

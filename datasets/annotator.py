@@ -33,6 +33,7 @@ def load(
     numbers, broken = items.read()
     numbers = encode(numbers) if encode else numbers
     names = [name for name in items.names if name not in broken]
+    pictures = zip(items.names, items.pictures, strict=True)
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(answered.classes)}
     K = len(number)
@@ -63,6 +64,7 @@ def load(
         "left_out": broken,
         "folder": items.folder,
         "columns": items.columns,
+        "pictures": tuple(picture for name, picture in pictures if name not in broken),
     }
 
 

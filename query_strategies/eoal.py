@@ -106,7 +106,7 @@ def open_set_loss(heads: Tensor, targets: Tensor, any_invalid: bool) -> Tensor:
     losses of "is class c" and of "is not class c". any_invalid: whether the training has any.
     """
     known = heads.shape[2]
-    is_not, is_class = -(heads.softmax(1) + EPSILON).log().unbind(1)  # (B, K) each
+    is_not, is_class = (-(heads.softmax(1) + EPSILON).log()).unbind(1)  # (B, K) each
     own = F.one_hot(targets.clamp(max=known - 1), known).bool()
     largest = is_not.masked_fill(own, 0).amax(1)
     labeled = mean_where(targets < known, (is_class * own).sum(1) + largest)
