@@ -53,9 +53,9 @@ class AnnotatedRun(Run):
     def default_query_batch(self) -> int:
         return 50
 
-    def name(self) -> str:
-        """Without K, init and batch, because they change between rounds."""
-        return self._named("")
+    def start_in_name(self) -> str:
+        """Nothing: K, init and batch change between rounds."""
+        return ""
 
     def rounds(self) -> Iterator[open_set.Split]:
         """One round if the newest query has an answer; then it is the person's turn."""
@@ -121,5 +121,5 @@ class AnnotatedRun(Run):
     def unknown_classes(self) -> object:
         return "some"
 
-    def save_queries(self) -> None:
-        """Nothing: the sheets say what was queried."""
+    def queries_to_keep(self) -> None:
+        """None: the sheets say what was queried."""
