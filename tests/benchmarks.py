@@ -35,10 +35,10 @@ from torchvision import transforms
 
 import AL_center_temperature
 import models
-import utils
-from datasets import DATASETS, augment
+from datasets import DATASETS
 from datasets.raw import Raw
-from models import parallel, training
+from experiment.run import generator
+from models import Objective, Settings, augment, parallel, training
 from query_strategies import STRATEGIES, PoolOutputs, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +103,9 @@ def random_images() -> tuple[np.ndarray, list[int], augment.Images, Tensor, mode
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
     targets = torch.from_numpy(random.integers(0, K + 1, 2048))
-    images = augment.to_device(pixels, CIFAR.mean, CIFAR.std, 4, CIFAR.flip, DEVICE)
+    images = augment.to_device(
+        pixels, CIFAR.mean, CIFAR.std, 4, CIFAR.flip, augment.DEGREES, DEVICE
+    )
     network = models.create("resnet18", K + 1, 2, torch.Generator(), DEVICE)
     return pixels, targets.tolist(), images, targets.to(DEVICE), network
 
@@ -118,14 +120,15 @@ def our_augmentation(count: int) -> None:
 
 def our_training(count: int, compile: bool = False) -> None:
     _, _, images, targets, network = random_images()
-    settings = {"temperature": [KNOWN_T] * K + [UNKNOWN_T], "max_epoch": 1, "compile": compile}
-    draws = partial(utils.generator, 1)
-    models.train(network, images, targets, torch.arange(count), draws, **settings)
+    objective = Objective([KNOWN_T] * K + [UNKNOWN_T]).to(DEVICE)
+    data, settings = (images, targets, torch.arange(count)), Settings(max_epoch=1, compile=compile)
+    for _ in models.train(network, objective, *data, partial(generator, 1), settings):
+        pass
 
 
 def our_scoring(count: int, compile: bool = False) -> None:
     _, _, images, _, network = random_images()
-    models.predict(network, images, torch.arange(count), compile=compile)
+    models.predict(network, images, torch.arange(count), settings=Settings(compile=compile))
 
 
 AS_TENSOR = [transforms.ToTensor(), transforms.Normalize(CIFAR.mean, CIFAR.std)]

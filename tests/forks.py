@@ -59,20 +59,44 @@ class Forks:
         return self.wait(self.start(cwd, script, *arguments, before=before))
 
 
-def at(module, function, call, action):
-    """Source for Forks: at this call of module.function (or module:Class.method) do `action`."""
+def at(module, function, call, action, which="True"):
+    """Source for Forks: at a call of module.function (or module:Class.method) do `action`.
+
+    call: the number of the call, from 1, among those for which the expression `which` holds.
+    """
     return f"""
 import os, pathlib, pkgutil, signal, time
 module = pkgutil.resolve_name({module!r})
 original, left = module.{function}, {call}
 def replacement(*args, **kwargs):
     global left
-    left -= 1
-    if left == 0:
-        {action}
+    if {which}:
+        left -= 1
+        if left == 0:
+            {action}
     return original(*args, **kwargs)
 module.{function} = replacement
 """
+
+
+def at_write(suffix, number, action):
+    """Source for Forks: do `action` where NAME.suffix is complete, but not yet in its place."""
+    path = "str(args[1]).replace('model.pt', 'model')"  # it is no other .pt
+    which = f"{path}.endswith('.{suffix.replace('model.pt', 'model')}')"
+    return at("os", "replace", number, action, which)
+
+
+def send(*numbers):
+    """An action for `at`: the process sends itself these signals, one by one."""
+    return "; time.sleep(0); ".join(f"os.kill(os.getpid(), {int(number)})" for number in numbers)
+
+
+KILL = send(signal.SIGKILL)
+
+
+def results(folder):
+    """The content of the files that a run is for."""
+    return {suffix: find(folder, suffix).read_bytes() for suffix in ("pkl", "queries.json")}
 
 
 def find(folder, suffix):

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import models
-import utils
-from models import augment, parallel
+from experiment.run import generator
+from models import Settings, augment, parallel
 
 IMAGES = 2048  # predicted per turn, 32x32, with resnet20 and 20 + 1 classes
 TURNS = 7
@@ -28,14 +28,15 @@ def measure() -> dict[str, list[float]]:
     """Seconds by what was done, one per turn (of rank 0)."""
     device = parallel.setup_device(Namespace(use_cpu=True, compile=False, deterministic=False))
     parallel.keep_memory(device)
-    network = models.create("resnet20", 21, 2, utils.generator(1, "init"), device)
+    network = models.create("resnet20", 21, 2, generator(1, "init"), device)
     pixels = np.random.default_rng(1).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
-    images = augment.to_device(pixels, (0.5,) * 3, (0.25,) * 3, 4, True, device)
+    images = augment.to_device(pixels, (0.5,) * 3, (0.25,) * 3, 4, True, 15, device)
     counts = np.diff(parallel.bounds(POOL)).tolist()
     outputs = [torch.rand(counts[parallel.rank()], width) for width in FLOATS.values()]
 
     def both() -> None:
-        models.predict(network, images, torch.arange(IMAGES), tuple(FLOATS), eval_batch_size=64)
+        settings = Settings(eval_batch_size=64)
+        models.predict(network, images, torch.arange(IMAGES), tuple(FLOATS), settings)
 
     def alone() -> None:
         if parallel.rank() == 0:

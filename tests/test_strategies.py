@@ -327,7 +327,7 @@ def test_badge_against_gradients_by_autograd(seed, copies):
 
 
 def plain_unknown_probability(outputs):
-    """PROTOCOL's lines, one after the other."""
+    """Algorithms 1 and 2 of Bendale and Boult, CVPR 2016, an image and a class at a time."""
     known = outputs.num_known
     right = [[] for _ in range(known)]  # logits of the rightly classified labeled images, by class
     for row, target in zip(outputs.labeled_logits.tolist(), outputs.labeled_targets, strict=True):
@@ -355,7 +355,7 @@ def plain_unknown_probability(outputs):
 
 @pytest.mark.parametrize("known", [3, 12])  # fewer and more classes than alpha
 @pytest.mark.parametrize("seed", range(3))
-def test_openmax_against_a_transcription_of_the_protocol(seed, known, monkeypatch):
+def test_openmax_against_a_transcription_of_the_paper(seed, known, monkeypatch):
     monkeypatch.setattr("query_strategies.outputs.CHUNK", 7)
     targets = torch.arange(400) % (known - 1)
     targets[:3] = known - 1
