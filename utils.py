@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import difflib
 import math
 import os
@@ -67,11 +66,6 @@ def encoder(text: str) -> str:
         near = difflib.get_close_matches(text, names, n=3, cutoff=0)
         raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
     return text
-
-
-def listed(text: str) -> list[str]:
-    """argparse type: names between commas; a name with a comma stands in double quotes."""
-    return next(csv.reader([text]))
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -161,7 +155,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(experiment, "--augment-pool", "query through the training augmentation, as released")
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
-    add(which, "--known", listed, "A,B", "names of the known classes instead")
+    add(which, "--known", partial(str.split, sep=","), "A,B", "names of the known classes instead")
     add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
     add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")
@@ -184,6 +178,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
     add(group, "--checkpoint-seconds", WEIGHT, "S", "seconds between checkpoints in training", 60)
+    text = "of sheets in neither UTF-8 nor UTF-16, such as gbk or cp1251"
+    add(group, "--sheet-encoding", str, "NAME", text)
     one = group.add_mutually_exclusive_group()
     switch(one, "--resume", "go on from the checkpoint, if there is one")
     switch(one, "--overwrite", "replace the files of an earlier run")
@@ -290,8 +286,8 @@ def start(description: str, detector: bool) -> Run:
     device = parallel.setup_device(args)
     order = PROTOCOLS[args.protocol].class_order.get(args.dataset)
     known = datasets.Known(args.known_class, args.known, args.class_seed, order)
-    more = {"image_size": args.image_size, "rotation": args.rotation}
-    more["encoder"] = args.encoder
+    more = ("image_size", "rotation", "sheet_encoding", "encoder")
+    more = {key: vars(args)[key] for key in more}
     data = datasets.create(args.dataset, Path(args.data_dir), device, known, **more)
     parallel.keep_memory(device)  # after the reading: its temporary copies went back to the system
     return (AnnotatedRun if data.sheets else Run)(args, device, data, detector)

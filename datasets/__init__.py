@@ -109,6 +109,7 @@ class OpenSetData(NamedTuple):
     left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
     folder: Path | None = None  # where the annotator's sheets are
     columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else these tell of training images
+    pictures: tuple[str, ...] = ()  # their files, relative to the folder; "": there is none
 
 
 def create(
@@ -118,7 +119,7 @@ def create(
     which: Known | None = None,
     image_size: int | None = None,
     rotation: bool = True,
-    sheet_encoding: str = "",
+    sheet_encoding: str | None = None,
     encoder: str | None = None,
 ) -> OpenSetData:
     """Read data set `name` below data_dir once and keep it on the device.
@@ -152,7 +153,7 @@ def create(
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        smaller = " or lower --image-size" if name == "folder" else ""
+        smaller = " or lower --image-size" if size else ""
         raise UserError(f"the data does not fit into memory: free some{smaller}") from error
     if coder:
         preprocessing |= {"encoder": encoder, "weights": coder.weights.name}

@@ -18,7 +18,9 @@ from .raw import Items, Raw
 
 
 def load(
-    items: Items, sheet_encoding: str = "", encode: Callable[[np.ndarray], np.ndarray] | None = None
+    items: Items,
+    sheet_encoding: str | None = None,
+    encode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[Raw, dict]:
     """All items as training images or vectors, those of test.csv as the test set, in their order.
 
@@ -33,6 +35,7 @@ def load(
     numbers, broken = items.read()
     numbers = encode(numbers) if encode else numbers
     names = [name for name in items.names if name not in broken]
+    pictures = zip(items.names, items.pictures, strict=True)
     position = {name: i for i, name in enumerate(names)}
     number = {name: label for label, name in enumerate(answered.classes)}
     K = len(number)
@@ -63,6 +66,7 @@ def load(
         "left_out": broken,
         "folder": items.folder,
         "columns": items.columns,
+        "pictures": tuple(picture for name, picture in pictures if name not in broken),
     }
 
 

@@ -44,7 +44,7 @@ def load(data_dir: Path) -> Raw:
     )
 
 
-def items(data_dir: Path, sheet_encoding: str = "") -> Items:
+def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     """The vectors of DIR/embeddings.npy, for a person to label; items.csv has their names.
 
     Its column `file` may be any text that tells items apart. Raises UserError for a faulty sheet,
@@ -70,7 +70,14 @@ def items(data_dir: Path, sheet_encoding: str = "") -> Items:
     def numbers() -> tuple[np.ndarray, dict[str, str]]:
         return vectors(data_dir / VECTORS, len(names), ITEMS), {}
 
-    return Items(data_dir, names, sorted(decoding.walk(data_dir)), numbers, columns)
+    return Items(
+        folder=data_dir,
+        names=names,
+        pictures=columns.get("image", [""] * len(names)),
+        others=sorted(decoding.walk(data_dir)),
+        read=numbers,
+        columns=columns,
+    )
 
 
 def digest(*arrays: np.ndarray) -> str:

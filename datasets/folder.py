@@ -63,7 +63,7 @@ def items(data_dir: Path, size: int | Fit) -> Items:
         decoded = read(data_dir, files, size, skip_broken=True)
         return decoded.pixels, decoded.broken
 
-    return Items(data_dir, files, others, numbers)
+    return Items(folder=data_dir, names=files, pictures=files, others=others, read=numbers)
 
 
 def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:

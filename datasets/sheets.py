@@ -56,15 +56,15 @@ class Answer(NamedTuple):
 
 
 def read(
-    folder: Path, images: Collection[str], others: Iterable[str] = (), encoding: str = ""
+    folder: Path, images: Collection[str], others: Iterable[str] = (), encoding: str | None = None
 ) -> Sheets:
     """Read all sheets in `folder`.
 
     images: the paths of all images below the folder, relative to it, with "/"; unreadable ones too,
     because a sheet may name them. others: the paths of the other files, among which a sheet that
     was saved under another name is looked for. encoding: that of sheets in neither UTF-8 nor
-    UTF-16; "": Western European, with a note. The same answer may be given twice. An image that has
-    no known class in test.csv is neither tested on nor asked about.
+    UTF-16; None: Western European, with a note. The same answer may be given twice. An image that
+    has no known class in test.csv is neither tested on nor asked about.
     Raises UserError, in one line with sheet and row, for what cannot be understood, for unknown
     labels and images, for contradictions, and if a query sheet is missing or if a copy has answers
     that it lacks. Raises OSError.
@@ -141,7 +141,9 @@ def write_sheet(path: Path | str, header: Sequence[str], rows: Iterable[Sequence
             asked.write(f"{path.name}\n")
 
 
-def read_cells(sheet: str, content: bytes, encoding: str = "") -> tuple[list[list[str]], str]:
+def read_cells(
+    sheet: str, content: bytes, encoding: str | None = None
+) -> tuple[list[list[str]], str]:
     """The cells of a sheet, row by row, the header first; and the encoding, if it is a guess."""
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         unicode = "utf-16"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
-from datasets.sheets import write_sheet
+from datasets.page import next_step, write_page
+from datasets.sheets import as_cells, write_sheet
 from errors import UserError, tell
 from models import Network, parallel
 
@@ -52,9 +53,9 @@ class AnnotatedRun(Run):
     def default_query_batch(self) -> int:
         return 50
 
-    def name(self) -> str:
-        """Without K, init and batch, because they change between rounds."""
-        return self._named("")
+    def start_in_name(self) -> str:
+        """Nothing: K, init and batch change between rounds."""
+        return ""
 
     def rounds(self) -> Iterator[open_set.Split]:
         """One round if the newest query has an answer; then it is the person's turn."""
@@ -64,12 +65,12 @@ class AnnotatedRun(Run):
             self.began = time.monotonic()
             yield self.split
         if len(self.split.pool):
-            sheet = f"{self.data.folder}/query_{self.round}.csv"
+            sheet = self.data.folder / f"query_{self.round}.csv"
             if self.late:
                 self.files.tell(
                     f"answers or images changed after {sheet} was written: used in the next round"
                 )
-            self.files.tell(f"fill in the column label of {sheet}, then run the same command again")
+            self.files.tell(next_step(sheet))
         else:
             self.finish()
 
@@ -112,11 +113,13 @@ class AnnotatedRun(Run):
         for i in queried.tolist():
             file, *predicted = rows[i]
             asked.append((file, *(cells[i] for cells in data.columns.values()), *predicted, ""))
-        sheet = f"{data.folder}/query_{self.round + 1}.csv"
+        sheet = data.folder / f"query_{self.round + 1}.csv"
+        pictures = [data.pictures[i] for i in queried.tolist()]
+        write_page(sheet, as_cells(header, asked), pictures, data.classes)
         write_sheet(sheet, header, asked)  # the last act
 
     def unknown_classes(self) -> object:
         return "some"
 
-    def save_queries(self) -> None:
-        """Nothing: the sheets say what was queried."""
+    def queries_to_keep(self) -> None:
+        """None: the sheets say what was queried."""

@@ -21,7 +21,7 @@ def first_neighbors(features: Tensor) -> Tensor:
     for begin in range(0, len(unit), rows):
         similarity = unit[begin : begin + rows] @ unit.T
         similarity.diagonal(begin).fill_(-torch.inf)
-        found.append(similarity.argmax(1))
+        found.append(similarity.max(1).indices)  # faster than argmax
     return torch.cat(found)
 
 

@@ -60,7 +60,7 @@ def objective(
     generator: Callable[..., torch.Generator],
 ) -> Objective:
     """What the detector's training minimises; invalid: (u,), the invalid images."""
-    return EnergyObjective(temperature, len(invalid) > 0).to(network.fc.weight.device)
+    return EnergyObjective(temperature, len(invalid) > 0)
 
 
 def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -94,8 +94,7 @@ def objective(
 ) -> Objective:
     """What the detector's training minimises; invalid: (u,), the invalid images."""
     shape = network.fc.out_features - 1, network.feature_dim
-    made = OpenSetObjective(shape, temperature, invalid, generator("heads"))
-    return made.to(network.fc.weight.device)
+    return OpenSetObjective(shape, temperature, invalid, generator("heads"))
 
 
 def open_set_loss(heads: Tensor, targets: Tensor, any_invalid: bool) -> Tensor:
