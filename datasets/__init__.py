@@ -174,7 +174,7 @@ def create(
 
 
 def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) -> tuple:
-    """Training and test images or vectors on the device, and how they are normalised."""
+    """Training and test images or vectors on the device, and how they are normalized."""
     if raw.train.ndim == 2:
         train, test = vectors.to_device(raw.train, raw.test, device)
         return train, test, {"mean": train.mean.cpu(), "std": 1 / train.scale.cpu()}

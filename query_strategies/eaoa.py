@@ -59,7 +59,7 @@ def objective(
     invalid: Tensor,
     generator: Callable[..., torch.Generator],
 ) -> Objective:
-    """What the detector's training minimises; invalid: (u,), the invalid images."""
+    """What the detector's training minimizes; invalid: (u,), the invalid images."""
     return EnergyObjective(temperature, len(invalid) > 0)
 
 

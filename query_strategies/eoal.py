@@ -92,7 +92,7 @@ def objective(
     invalid: Tensor,
     generator: Callable[..., torch.Generator],
 ) -> Objective:
-    """What the detector's training minimises; invalid: (u,), the invalid images."""
+    """What the detector's training minimizes; invalid: (u,), the invalid images."""
     shape = network.fc.out_features - 1, network.feature_dim
     return OpenSetObjective(shape, temperature, invalid, generator("heads"))
 

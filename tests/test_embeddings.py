@@ -49,7 +49,7 @@ def read(home):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_standardised_by_the_training_columns(dtype):
+def test_standardized_by_the_training_columns(dtype):
     rng = np.random.default_rng()
     offset = 1e6 if dtype == np.float64 else 10
     train, test = (rng.normal(offset, 3, (n, 7)).astype(dtype) for n in (400, 90))
