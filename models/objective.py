@@ -90,3 +90,8 @@ def center_loss(features: Tensor, targets: Tensor, centers: Tensor) -> Tensor:
     last = len(centers) - 1
     squares = (features - centers[targets.clamp(max=last)]).square().sum(1)
     return (squares * (targets <= last)).sum()
+
+
+def mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values (B,) where the mask (B,) is true, 0 if it nowhere is. A scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

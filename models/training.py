@@ -14,10 +14,10 @@ from errors import UserError
 
 from . import parallel
 from .augment import Images
-from .embeddings import Embeddings
 from .network import Network
 from .objective import Batch, Objective
 from .resnet import fold_batchnorm
+from .vectors import Embeddings
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 

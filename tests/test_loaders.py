@@ -641,3 +641,12 @@ def test_digits(tmp_path):
     grey = raw.train / 255
     np.testing.assert_allclose(grey.mean((0, 1, 2)), DATASETS["digits"].mean, atol=5e-5)
     np.testing.assert_allclose(grey.std((0, 1, 2)), DATASETS["digits"].std, atol=5e-5)
+
+
+def test_a_protocols_classes_are_lines_of_wnids_txt(tmp_path):
+    write_folder(tmp_path / "folder", trees.tiny_imagenet())
+    write_zip(tmp_path / "tiny-imagenet-200.zip", trees.tiny_imagenet())
+    for place in (tmp_path / "folder", tmp_path):
+        known = datasets.Known(2, order="1 2")
+        data = datasets.create("TinyImagenet", place, torch.device("cpu"), known)
+        assert data.classes == ("n00000020", "n00000000", "n00000010")
