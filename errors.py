@@ -1,4 +1,4 @@
-"""What every room may raise, and how a line reaches the terminal."""
+"""Exceptions used everywhere, and how a line reaches the terminal."""
 
 import os
 import sys

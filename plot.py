@@ -170,7 +170,7 @@ def make_curves(logs: dict[Run, Log], styles: dict, common: list[str]) -> dict[s
     for run, seeds in methods.items():
         name = "LfOSA" if run.strategy == "AV_temperature" else run.strategy
         label = ", ".join([name, *(trait for trait in run.traits if trait not in common)])
-        colour, marker = styles[run.strategy]
+        color, marker = styles[run.strategy]
         width = 2.2 if name == "LfOSA" else 0.8 if run.strategy in OTHERS else 1.4
         used = dashes.setdefault((run.strategy, run.folder), {})  # the same for all known
         dash = used.setdefault(run.traits, DASHES[len(used) % len(DASHES)])
@@ -178,7 +178,7 @@ def make_curves(logs: dict[Run, Log], styles: dict, common: list[str]) -> dict[s
             label, width, dash = f"{label} ({run.folder})", min(width, 1.2), ":"
         if len({len(log["Precision"]) for log in seeds}) > 1:
             tell(f"{label}: only the rounds that all seeds have are drawn")
-        style = {"color": colour, "marker": marker, "markersize": 3 + width / 2}
+        style = {"color": color, "marker": marker, "markersize": 3 + width / 2}
         style |= {"linestyle": dash, "linewidth": width, "zorder": 2 + width}  # thick ones in front
         values = {}
         for measure, (key, _, _) in MEASURES.items():

@@ -9,8 +9,9 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 import datasets
 import models
-from datasets import DATASETS, VECTORS
+from datasets import DATASETS, MLP_DEFAULTS
 from errors import Stopped, UserError, tell
 from experiment.annotated import AnnotatedRun
 from experiment.protocols import PROTOCOLS
@@ -44,8 +45,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     def convert(text: str) -> float:
         value = kind(text)
         if not low <= value < high or (above and value == low):
-            bounds = f"{'above' if above else 'from'} {low:g} and below {high:.10g}"
-            raise ArgumentTypeError(f"{text} is not {bounds}")
+            least = f"{'more than' if above else 'at least'} {low:g}"
+            raise ArgumentTypeError(f"{text} must be {least} and less than {high:.10g}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it where `kind` raises ValueError
@@ -64,7 +65,7 @@ def encoder(text: str) -> str:
     """argparse type: a network of torchvision's that can encode images."""
     if text not in (names := datasets.encoder.names()):
         near = difflib.get_close_matches(text, names, n=3, cutoff=0)
-        raise ArgumentTypeError(f"{text} is no classifier of torchvision; near: {', '.join(near)}")
+        raise ArgumentTypeError(f"there is no encoder {text}; did you mean {', '.join(near)}?")
     return text
 
 
@@ -97,15 +98,12 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     defaults = vars(models.Settings()) | vars(chosen) | DATASETS[chosen.dataset].defaults
     defaults |= PROTOCOLS[chosen.protocol].defaults
     if chosen.encoder or chosen.dataset == "embeddings":
-        defaults |= VECTORS | {"encoder": None}
+        defaults |= MLP_DEFAULTS | {"encoder": None}
     defaults |= getattr(STRATEGIES[chosen.query_strategy], "DEFAULTS", {})
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",
         description=description,
-        epilog=f"""The defaults are those of {chosen.dataset}. Others: --dataset cifar100 --help.
---protocol EOAL or EAOA sets the known classes of these papers, --drop-unknown, --feat-dim 0,
---stepsize 60, --max-query 11, --model resnet18-narrow, and --max-epoch 300 (EOAL) or
---max-epoch 200 --no-rotation (EAOA). Single flags override them.""",
+        epilog="\n".join(_epilog(chosen.dataset)),
         allow_abbrev=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
     )
@@ -152,14 +150,18 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(training, "--gamma", POSITIVE, "X", "factor of each decay")
     add(training, "--weight-cent", WEIGHT, "X", "weight of the center loss")
     either(experiment, "--drop-unknown", "queried unknown images leave the pool", False)
-    switch(experiment, "--augment-pool", "query through the training augmentation, as released")
+    switch(
+        experiment,
+        "--augment-pool",
+        "score the pool with the training augmentation, as the released code",
+    )
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
-    add(which, "--known", partial(str.split, sep=","), "A,B", "names of the known classes instead")
+    add(which, "--known", partial(str.split, sep=","), "A,B", "the known classes, by name")
     add(experiment, "--encoder", encoder, "NAME", "train on embeddings, by a torchvision network")
     add(experiment, "--image-size", COUNT, "N", "pixels, height and width of a folder's images")
     add(training, "--lr-cent", POSITIVE, "LR", "learning rate of the centers")
-    add(training, "--dropout", RATE, "P", "on the pooled vector, only for BALD")
+    add(training, "--dropout", RATE, "P", "dropout rate on the pooled vector (BALD only)")
     add(training, "--mc-samples", COUNT, "N", "dropout masks that BALD averages over")
     shown = [*vars(parser.parse_args([]))]  # what was added so far
     if detector:
@@ -170,7 +172,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     group = parser.add_argument_group("machine")
     add(group, "--gpu", SIZE, "N", "CUDA device; under torchrun that of the first process", 0)
     switch(group, "--use-cpu", "even where there is a GPU")
-    add(group, "--eval-batch-size", COUNT, "N", "images per step without training")
+    add(group, "--eval-batch-size", COUNT, "N", "images per step when evaluating or scoring")
     switch(group, "--compile", "compile the networks with torch.compile")
     switch(group, "--deterministic", "only deterministic kernels on CUDA")
     group = parser.add_argument_group("files")
@@ -178,7 +180,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
     add(group, "--checkpoint-seconds", WEIGHT, "S", "seconds between checkpoints in training", 60)
-    text = "of sheets in neither UTF-8 nor UTF-16, such as gbk or cp1251"
+    text = "encoding of sheets that are neither UTF-8 nor UTF-16, such as gbk"
     add(group, "--sheet-encoding", str, "NAME", text)
     one = group.add_mutually_exclusive_group()
     switch(one, "--resume", "go on from the checkpoint, if there is one")
@@ -193,9 +195,24 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     return args
 
 
+def _epilog(dataset: str) -> Iterator[str]:
+    """The end of --help: whose defaults it shows, and what each protocol sets."""
+    yield f"The defaults are those of {dataset}. Others: --dataset cifar100 --help."
+    for name, protocol in PROTOCOLS.items():
+        words = ["the known classes of its paper"] * bool(protocol.class_order)
+        for key, value in protocol.defaults.items():
+            flag = ("no-" if value is False else "") + key.replace("_", "-")
+            words.append(f"--{flag}" + ("" if isinstance(value, bool) else f" {value}"))
+        if words:
+            text = f"--protocol {name} sets {', '.join(words)}. Single flags override them."
+            yield textwrap.fill(text, 98)
+
+
 def _senseless(args: Namespace) -> str:
     """What is wrong with arguments that have no meaning together; "" if nothing is."""
     vectors = args.encoder or args.dataset == "embeddings"
+    if args.known and "known_class" in args.given:
+        return "--known-class counts the classes that --known names: leave one of them out"
     if args.encoder and args.dataset == "embeddings":
         return "--encoder is for images, not for --dataset embeddings"
     if vectors and args.model != "mlp":

@@ -5,7 +5,7 @@ not contain "_", which separates the parts of a log's name.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,9 @@ import torchvision
 from torch import Tensor
 
 from errors import UserError
-from models import augment
-from models import embeddings as vectors
+from models import augment, vectors
 from models.augment import Images
-from models.embeddings import Embeddings
+from models.vectors import Embeddings
 
 from . import annotator, cifar, digits, embeddings, folder, tiny_imagenet
 from .encoder import Encoder
@@ -36,6 +35,7 @@ class Dataset(NamedTuple):
     mean: tuple = ()  # of images: per channel, of pixels in [0, 1]
     std: tuple = ()
     flip: bool = True  # whether augmentation mirrors images
+    class_ids: Callable | None = None  # data_dir -> classes by id; None: in the data set's order
 
 
 _PUBLISHED = dict(query_batch=1500, max_epoch=100, model="resnet18", feat_dim=2)
@@ -43,7 +43,7 @@ _PUBLISHED |= dict(batch_size=128, lr_model=0.01)
 _SMALL = dict(max_epoch=100, model="resnet20", feat_dim=0, batch_size=32, lr_model=0.01)
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-VECTORS = dict(model="mlp", feat_dim=0, image_size=None)  # of embeddings, whatever they are of
+MLP_DEFAULTS = dict(model="mlp", feat_dim=0, image_size=None)  # of embeddings, whatever they are of
 
 DATASETS = {
     "cifar10": Dataset(
@@ -59,7 +59,10 @@ DATASETS = {
         defaults=_PUBLISHED | dict(known_class=20, init_percent=8),
     ),
     "TinyImagenet": Dataset(
-        tiny_imagenet.load, **_IMAGENET, defaults=_PUBLISHED | dict(known_class=20, init_percent=8)
+        tiny_imagenet.load,
+        **_IMAGENET,
+        defaults=_PUBLISHED | dict(known_class=20, init_percent=8),
+        class_ids=tiny_imagenet.class_ids,
     ),
     "digits": Dataset(
         digits.load,
@@ -74,7 +77,7 @@ DATASETS = {
         folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
     ),
     "embeddings": Dataset(
-        embeddings.load, defaults=_SMALL | VECTORS | dict(init_percent=8, batch_size=128)
+        embeddings.load, defaults=_SMALL | MLP_DEFAULTS | dict(init_percent=8, batch_size=128)
     ),
 }
 OWN = ("folder", "embeddings")  # data of the user's, in which a person may be the oracle
@@ -147,7 +150,8 @@ def create(
             raw = dataset.load(data_dir, **size)
             name = folder.log_name(data_dir, raw.digest[:8]) if own else name
             which = which._replace(count=which.count or dataset.defaults.get("known_class"))
-            raw, K, identity = _renumbered(coder.embed(raw) if coder else raw, which)
+            ids = dataset.class_ids(data_dir) if which.order and dataset.class_ids else raw.classes
+            raw, K, identity = _renumbered(coder.embed(raw) if coder else raw, which, ids)
         train, test, preprocessing = _inputs(raw, dataset, rotation, device)
     except OSError as error:
         reason = error.strerror or error
@@ -174,7 +178,7 @@ def create(
 
 
 def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) -> tuple:
-    """Training and test images or vectors on the device, and how they are normalised."""
+    """Training and test images or vectors on the device, and how they are normalized."""
     if raw.train.ndim == 2:
         train, test = vectors.to_device(raw.train, raw.test, device)
         return train, test, {"mean": train.mean.cpu(), "std": 1 / train.scale.cpu()}
@@ -185,11 +189,11 @@ def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) ->
     return train, test, {"mean": dataset.mean, "std": dataset.std}
 
 
-def _renumbered(raw: Raw, which: Known) -> tuple[Raw, int, str]:
+def _renumbered(raw: Raw, which: Known, ids: Sequence[str]) -> tuple[Raw, int, str]:
     """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
 
-    Returns also K and the identity. Raises UserError if a known class lacks images, or if no
-    training image is unknown.
+    ids: the classes by the ids of `which.order`. Returns also K and the identity. Raises UserError
+    if a known class lacks images, or if no training image is unknown.
     """
     count = len(raw.classes)
     order, K = np.arange(count), which.count or count // 2
@@ -202,9 +206,12 @@ def _renumbered(raw: Raw, which: Known) -> tuple[Raw, int, str]:
     elif which.seed is not None:
         order = np.random.default_rng(which.seed).permutation(count)
     elif which.order:
-        first = np.array(which.order.split(), np.int64)
+        listed = [ids[int(i)] for i in which.order.split() if int(i) < len(ids)]
+        first = np.array([raw.classes.index(name) for name in listed if name in raw.classes])
         if len(first) < min(K, count):
-            raise UserError(f"--known-class {K}: the protocol lists {len(first)} known classes")
+            raise UserError(
+                f"--known-class {K}: the protocol lists {len(first)} classes of the data"
+            )
         order = np.concatenate([first, np.setdiff1d(order, first)])
     if not 0 < K < count:
         flag = f"--known-class {K}" if which.names is None else f"--known {','.join(which.names)}"

@@ -11,7 +11,7 @@ import torch
 
 from errors import UserError, tell
 
-from . import folder, sheets
+from . import embeddings, folder, sheets
 from .files import one_at_a_time, write_whole
 from .open_set import Split
 from .raw import Items, Raw
@@ -33,6 +33,7 @@ def load(
         raise UserError(f"cannot write to {items.folder}, where the query sheets go")
     answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
     numbers, broken = items.read()
+    digest = embeddings.digest(numbers)
     numbers = encode(numbers) if encode else numbers
     names = [name for name in items.names if name not in broken]
     pictures = zip(items.names, items.pictures, strict=True)
@@ -42,7 +43,7 @@ def load(
     labels = np.array([number.get(answered.labels.get(name), K) for name in names], np.int64)
     labeled = np.flatnonzero(labels < K)
     if not len(labeled):
-        raise UserError("labels.csv gives a class to no image that can be read")
+        raise UserError("labels.csv assigns no class to any readable image")
     unknown = [name for name, label in answered.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
     pool = [i for i, name in enumerate(names) if name not in answered.taken]
@@ -54,15 +55,12 @@ def load(
         test_labels=np.array([number[answered.test[names[i]]] for i in test], np.int64),
         classes=answered.classes,
     )
-    content = repr((names, answered.classes, answered.labels, answered.test, pool))
-    answers = hashlib.sha256(content.encode())
-    if numbers.ndim == 2:
-        answers.update(numbers)
+    content = repr((names, answered.classes, answered.labels, answered.test, pool, digest))
     return raw, {
         "names": tuple(names),
         "sheets": answered,
         "split": Split(*(torch.tensor(x, dtype=torch.int64) for x in (labeled, invalid, pool))),
-        "answers": answers.hexdigest()[:16],
+        "answers": hashlib.sha256(content.encode()).hexdigest()[:16],
         "left_out": broken,
         "folder": items.folder,
         "columns": items.columns,
@@ -79,9 +77,8 @@ def name(data_dir: Path) -> str:
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
         if not kept.exists():
             if (data_dir / "query_1.csv").exists():
-                tell(
-                    f"note: {kept} is missing: a new log begins. To go on with an old one, copy it"
-                )
+                what = "so a new log begins; to continue an old one, copy its file here"
+                tell(f"note: {kept} is missing, {what}")
             new = folder.log_name(data_dir, secrets.token_hex(4))
             write_whole(kept, lambda file: file.write(new.encode()))
         return kept.read_text("utf-8").strip()

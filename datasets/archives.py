@@ -28,7 +28,7 @@ class Published(NamedTuple):
     url: str
     md5: str  # of the archive
     folder: str  # the one that the archive unpacks to
-    marker: str  # a file or folder in it, by which data_dir itself is recognised
+    marker: str  # a file or folder in it, by which data_dir itself is recognized
 
 
 def read_published(

@@ -16,7 +16,7 @@ from . import decoding, sheets
 from .raw import Items, Raw
 
 CHUNK = 1 << 22  # numbers at a time
-VECTORS, ITEMS = "embeddings.npy", "items.csv"
+ITEMS = "items.csv"
 
 
 def load(data_dir: Path) -> Raw:
@@ -26,7 +26,7 @@ def load(data_dir: Path) -> Raw:
     """
     labels = {part: _labels(data_dir / f"{part}_labels.npy") for part in ("train", "test")}
     train, test = (
-        vectors(data_dir / f"{part}.npy", len(labels[part]), f"{part}_labels.npy")
+        read_vectors(data_dir / f"{part}.npy", len(labels[part]), f"{part}_labels.npy")
         for part in ("train", "test")
     )
     if train.shape[1] != test.shape[1]:
@@ -67,13 +67,15 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
             raise UserError(f"{ITEMS}, row {number}: file {name!r} {fault}")
         first[name] = number
 
+    images = (columns[name] for name in columns if name.strip().casefold() == "image")
+
     def numbers() -> tuple[np.ndarray, dict[str, str]]:
-        return vectors(data_dir / VECTORS, len(names), ITEMS), {}
+        return read_vectors(data_dir / "embeddings.npy", len(names), ITEMS), {}
 
     return Items(
         folder=data_dir,
         names=names,
-        pictures=columns.get("image", [""] * len(names)),
+        pictures=next(images, [""] * len(names)),
         others=sorted(decoding.walk(data_dir)),
         read=numbers,
         columns=columns,
@@ -88,7 +90,7 @@ def digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def vectors(path: Path, count: int, beside: str) -> np.ndarray:
+def read_vectors(path: Path, count: int, beside: str) -> np.ndarray:
     """Read (count, D) finite numbers, as stored but for the order of their bytes.
 
     beside: the file that tells the count. Raises UserError, and OSError.

@@ -24,8 +24,8 @@ BATCH = {"cpu": 32, "cuda": 256}  # images at a time
 
 
 def names() -> list[str]:
-    """The networks that `--encoder` knows."""
-    return torchvision.models.list_models(module=torchvision.models)
+    """The networks that `--encoder` knows: those with a last linear layer to leave out."""
+    return torchvision.models.list_models(module=torchvision.models, exclude="squeezenet*")
 
 
 class Encoder:
@@ -45,8 +45,9 @@ class Encoder:
 
     def embed(self, raw: Raw) -> Raw:
         """The data set with the embeddings of its images in their place."""
-        train, test = self.encode(raw.train), self.encode(raw.test)
-        return raw._replace(train=train, test=test, digest=embeddings.digest(train, test))
+        # Of the images: other machines round embeddings in other ways.
+        digest = embeddings.digest(raw.train, raw.test)
+        return raw._replace(train=self.encode(raw.train), test=self.encode(raw.test), digest=digest)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Embeddings (N, D) float16 of (N, H, W, 3) uint8 images, read from a file if there is one.
@@ -61,7 +62,7 @@ class Encoder:
             return self.apply(images)
         with one_at_a_time(self.folder / ".lfosa-encoder.lock"):
             with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
-                return embeddings.vectors(file, len(images), "the data")
+                return embeddings.read_vectors(file, len(images), "the data")
             found = self.apply(images)
             try:
                 write_whole(file, partial(np.save, arr=found))
@@ -105,6 +106,8 @@ class Encoder:
             progress = sys.stderr.isatty()
             weights.get_state_dict(progress=progress, check_hash=True, weights_only=True)
             network = torchvision.models.get_model(self.name, weights=weights, progress=False)
+        except MemoryError:
+            raise
         except Exception as error:  # neither torch nor urllib names a common class
             why = f"({str(error).strip().partition(chr(10))[0]})"
             if file.exists():
@@ -112,8 +115,6 @@ class Encoder:
             what = f"the weights of {self.name} cannot be downloaded {why}"
             raise UserError(f"{what}: put {file.name} from {url} into {file.parent}") from error
         linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
-        if not linear:
-            raise UserError(f"--encoder {self.name}: it has no linear layer to leave out")
         parent, _, child = linear[-1].rpartition(".")
         dimension = network.get_submodule(linear[-1]).in_features
         setattr(network.get_submodule(parent), child, nn.Identity())

@@ -27,7 +27,7 @@ TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Im
 
 
 class Fit(NamedTuple):
-    """How an image becomes square: its shorter side is resized, and the centre is cropped."""
+    """How an image becomes square: its shorter side is resized, and the center is cropped."""
 
     crop: int  # pixels
     resize: int
@@ -76,7 +76,7 @@ def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
     images = decoding.pictures(name for name in found if found[name])
     others = sorted(found.keys() - images)
     if ignored := sum(not name.endswith((".csv", ".html")) for name in others):
-        tell(f"note: {ignored} files in {data_dir} are no images: ignored")
+        tell(f"note: ignored {ignored} files in {data_dir} that are not images")
     return {name: found[name] for name in images}, [name for name in others if found[name]]
 
 
@@ -137,9 +137,9 @@ def upright(image: Image.Image, remark: Callable[[str], object] = lambda _: None
     if image.format not in ("MPO", "PSD") and _lenient(lambda: image.is_animated):
         remark("have further pages or frames: the first one is used")
     if ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I"):
-        remark("have 16 bits per colour: the upper 8 are used")
+        remark("have 16 bits per color: the upper 8 are used")
     image.load()
-    # An image may be sound although its EXIF data are not: then it is used as it lies.
+    # An image may be fine although its EXIF data are damaged; then it is not rotated.
     turn = _lenient(lambda: TURNS.get(image.getexif().get(ExifTags.Base.Orientation)))
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image), remark))

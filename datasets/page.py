@@ -11,7 +11,9 @@ from urllib.parse import quote
 
 from PIL import ExifTags, Image
 
-from .files import UserError, write_whole
+from errors import UserError
+
+from .files import write_whole
 from .folder import upright
 from .sheets import SKIP, UNKNOWN
 

@@ -85,7 +85,7 @@ def read(
             read_as = f" (read as {guess}, see --sheet-encoding)" if guess else ""
             image = alike.get(file) or alike.get(_plain(file))
             if not image:
-                raise UserError(f"{place}: the image {file!r} is not there{read_as}")
+                raise UserError(f"{place}: there is no image {file!r}{read_as}")
             if sheet == START:
                 names.setdefault(_fold(label), label.strip())
             if _fold(label) not in names:
@@ -209,7 +209,7 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
         if sheet not in there:
             what = f"put it back, or remove {ASKED} there to be asked anew"
             if found := " or ".join(map(repr, copies.get(number, ()))):
-                what = f"if it is {found}, save that as {sheet}, else give that another name"
+                what = f"if {found} is that sheet, save it as {sheet}; otherwise rename it"
             raise UserError(f"{folder / sheet} is missing: {what}")
     return queries
 

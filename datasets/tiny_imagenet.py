@@ -45,6 +45,22 @@ def load(data_dir: Path) -> Raw:
         )
 
 
+def class_ids(data_dir: Path) -> list[str]:
+    """The classes in the order of wnids.txt, whose lines are the ids that protocols list.
+
+    Raises UserError if that file is neither in the folder nor in the archive.
+    """
+    for folder in (data_dir / PUBLISHED.folder, data_dir):
+        if (file := folder / "wnids.txt").is_file():
+            return file.read_text().split()
+    archive = data_dir / f"{PUBLISHED.folder}.zip"
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            if names := [name for name in file.namelist() if name.endswith("wnids.txt")]:
+                return file.read(min(names, key=len)).decode().split()
+    raise UserError(f"--protocol needs wnids.txt of Tiny ImageNet in {data_dir}")
+
+
 def _read(cache: Path, source: Path) -> decoding.Decoded:
     """Return the images of a source: a folder or an archive with train/ and val/, or the cache."""
     if source == cache:

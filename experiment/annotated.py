@@ -45,13 +45,9 @@ class AnnotatedRun(Run):
             self.round, self.networks = done, {}
         if not waiting:
             self.answers = data.answers
+        for name in ("Acc", "Err"):  # without rounds whose sheets were removed
+            self.log[name] = {q: x for q, x in self.log[name].items() if q < self.round}
         self.log["Precision"] = data.sheets.precisions()
-
-    def first_split(self) -> open_set.Split:
-        return self.data.split
-
-    def default_query_batch(self) -> int:
-        return 50
 
     def start_in_name(self) -> str:
         """Nothing: K, init and batch change between rounds."""
@@ -117,9 +113,3 @@ class AnnotatedRun(Run):
         pictures = [data.pictures[i] for i in queried.tolist()]
         write_page(sheet, as_cells(header, asked), pictures, data.classes)
         write_sheet(sheet, header, asked)  # the last act
-
-    def unknown_classes(self) -> object:
-        return "some"
-
-    def queries_to_keep(self) -> None:
-        """None: the sheets say what was queried."""

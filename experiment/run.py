@@ -54,9 +54,13 @@ class Run:
         self.strategy = STRATEGIES[args.query_strategy]
         names = [field.name for field in dataclasses.fields(models.Settings)]
         self.settings = models.Settings(**{name: getattr(args, name) for name in names})
-        self.split = self.first_split()
+        self.split = data.split  # an annotator's, or None
+        if self.split is None:
+            draws = generator(args.seed, "split")
+            self.split = open_set.initial_split(data.known, args.init_percent, draws)
         args.known_class = data.num_known
-        args.query_batch = args.query_batch or self.default_query_batch()
+        batch = 50 if data.sheets else max(1, len(self.split.pool) // 20)
+        args.query_batch = args.query_batch or batch
         self.round = 0  # rounds done
         self.log: dict[str, dict] = {"Acc": {}, "Err": {}, "Precision": {}, "Recall": {}}
         self.queries: list[Tensor] = []  # per round, indices into the training images
@@ -251,7 +255,7 @@ class Run:
         where += f", {torch.get_num_threads()} threads"
         header = f"{vars(args)}, {versions()}, {where}"
         files.begin(header, not args.no_tensorboard, args.overwrite)
-        known, unknown = data.num_known, self.unknown_classes()
+        known, unknown = data.num_known, len(data.classes) - data.num_known or "some"
         classes = f"{data.name}: {known} known and {unknown} unknown classes"
         labeled, pool = len(self.split.labeled), len(self.split.pool)
         files.tell(f"{classes}, {labeled:,} images labeled, {pool:,} in the pool")
@@ -270,7 +274,8 @@ class Run:
         self.saved = time.monotonic()
         if parallel.rank() == 0:
             state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
-            self.files.save(state, self.log, self.queries_to_keep())
+            # An annotator's sheets say what was queried.
+            self.files.save(state, self.log, None if self.data.sheets else self.queries)
 
     def _save_model(self) -> None:
         """Write this round's networks, and what applying them needs."""
@@ -282,22 +287,10 @@ class Run:
 
     # What an annotator's run does in another way.
 
-    def first_split(self) -> open_set.Split:
-        """Who is labeled when the run begins."""
-        draws = generator(self.args.seed, "split")
-        return open_set.initial_split(self.data.known, self.args.init_percent, draws)
-
-    def default_query_batch(self) -> int:
-        return max(1, len(self.split.pool) // 20)
-
     def start_in_name(self) -> str:
         """What the log's name says of the known classes, the labeled images and the query."""
         args = self.args
         return f"_known{args.known_class}_init{args.init_percent:.12g}_batch{args.query_batch}"
-
-    def unknown_classes(self) -> object:
-        """How many unknown classes there are, for the terminal."""
-        return len(self.data.classes) - self.data.num_known
 
     def oracle_measures(self, queried: Tensor) -> dict[str, float]:
         """The measures of a query that need its labels."""
@@ -308,6 +301,3 @@ class Run:
     def newest(self, name: str) -> float | None:
         """The measure that is printed for this round; None if there is none."""
         return self.log[name].get(self.round)
-
-    def queries_to_keep(self) -> list[Tensor] | None:
-        return self.queries

@@ -16,7 +16,7 @@ NETWORKS = [*resnet.NETWORKS, "mlp"]  # on images, and on vectors
 
 
 def build(name: str, dimension: int, num_classes: int, feat_dim: int, dropout: float) -> Network:
-    """A network as PyTorch initialises it. dimension: of its input, see Images and Embeddings."""
+    """A network as PyTorch initializes it. dimension: of its input, see Images and Embeddings."""
     if name == "mlp":
         return MLP(dimension, num_classes, feat_dim, dropout)
     return ResNet(name, num_classes, feat_dim, dropout)
@@ -31,7 +31,7 @@ def create(
     dropout: float = 0.0,
     dimension: int = 3,
 ) -> Network:
-    """A new network with PyTorch's default initialisation, drawn on the CPU from `generator`.
+    """A new network with PyTorch's default initialization, drawn on the CPU from `generator`.
 
     name: one of NETWORKS; feat_dim, dropout: see Network; dimension: see `build`. channels_last on
     the device.

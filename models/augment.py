@@ -1,6 +1,6 @@
 """Batched augmentation on uint8 images that live on the device: one gather per batch.
 
-Random crop with zero padding, horizontal flip and nearest-neighbour rotation all move pixels
+Random crop with zero padding, horizontal flip and nearest-neighbor rotation all move pixels
 without mixing them, so their composition is one table of source pixels per image. The rotation
 follows Pillow's 16.16 fixed-point affine, hence equals torchvision's PIL transforms bit by bit.
 """
@@ -69,7 +69,7 @@ def to_device(
 
 
 def normalize(images: Images, index: Tensor) -> Tensor:
-    """Images without augmentation, scaled to [0, 1] and normalised.
+    """Images without augmentation, scaled to [0, 1] and normalized.
 
     index: (B,) int64 on the device. Returns (B, 3, H, W) float32, channels_last.
     """
@@ -78,7 +78,7 @@ def normalize(images: Images, index: Tensor) -> Tensor:
 
 
 def augment(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
-    """Augmented images, scaled to [0, 1] and normalised.
+    """Augmented images, scaled to [0, 1] and normalized.
 
     index: (B,) int64, parameters: (B, 9) int32 from `draw`, both on the device.
     Returns (B, 3, H, W) float32, channels_last.
@@ -119,7 +119,7 @@ def draw(images: Images, count: int, generator: torch.Generator) -> Tensor:
 
 
 def rotation(angle: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's nearest-neighbour rotation as 16.16 fixed-point coefficients.
+    """Pillow's nearest-neighbor rotation as 16.16 fixed-point coefficients.
 
     angle: (B,) float64, degrees counter-clockwise. Returns (B, 6) int64 (a0..a5): output pixel
     (x, y) comes from ((a0 x + a1 y + a2) >> 16, (a3 x + a4 y + a5) >> 16).
@@ -129,14 +129,14 @@ def rotation(angle: Tensor, height: int, width: int) -> Tensor:
     center_x, center_y = width / 2, height / 2
     offset_x = cos * -center_x + sin * -center_y + center_x
     offset_y = -sin * -center_x + cos * -center_y + center_y
-    # Half a pixel: Pillow maps pixel centres, not corners.
+    # Half a pixel: Pillow maps pixel centers, not corners.
     offset_x, offset_y = offset_x + cos * 0.5 + sin * 0.5, offset_y - sin * 0.5 + cos * 0.5
     coefficients = torch.stack([cos, sin, offset_x, -sin, cos, offset_y], 1)
     return torch.floor(coefficients * 65536 + 0.5).long()
 
 
 def _to_input(images: Images, source: Tensor) -> Tensor:
-    """Gathered uint8 pixels -> normalised (B, 3, H, W) float32 in channels_last memory."""
+    """Gathered uint8 pixels -> normalized (B, 3, H, W) float32 in channels_last memory."""
     rows = source.view(-1, images.height, images.width * 3).float()
     rows = rows.mul_(images.scale).add_(images.shift)
     return rows.view(-1, images.height, images.width, 3).permute(0, 3, 1, 2)

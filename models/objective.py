@@ -1,4 +1,4 @@
-"""What a training minimises. A method that changes it subclasses Objective in its own file."""
+"""What a training minimizes. A method that changes it subclasses Objective in its own file."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -49,11 +49,11 @@ class Objective(nn.Module):
 
 
 class CenterLoss(Objective):
-    """Another objective plus `weight` times the squared distances to the centres of the classes.
+    """Another objective plus `weight` times the squared distances to the centers of the classes.
 
     Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016,
     equation 2, has half of it; LfOSA's released code has the whole. A target of K or more (an
-    invalid image) has no centre and adds nothing. The centres, drawn from `generator`, are (K, F),
+    invalid image) has no center and adds nothing. The centers, drawn from `generator`, are (K, F),
     and move as if their weight were 1 (algorithm 1 there), with the learning rate `lr`.
     """
 
@@ -78,15 +78,20 @@ class CenterLoss(Objective):
     def forward(self, batch: Batch) -> Tensor:
         pull = center_loss(batch.features, batch.targets, self.centers.detach())
         move = center_loss(batch.features.detach(), batch.targets, self.centers)
-        # `move` gives the centres their gradient, and nothing to the value.
+        # `move` gives the centers their gradient, and nothing to the value.
         return self.base(batch) + self.weight * pull + (move - move.detach())
 
 
 def center_loss(features: Tensor, targets: Tensor, centers: Tensor) -> Tensor:
-    """The squared distances between the features and the centres of their classes, summed.
+    """The squared distances between the features and the centers of their classes, summed.
 
     features: (B, F), targets: (B,) int64, centers: (K, F).
     """
     last = len(centers) - 1
     squares = (features - centers[targets.clamp(max=last)]).square().sum(1)
     return (squares * (targets <= last)).sum()
+
+
+def mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values (B,) where the mask (B,) is true, 0 if it nowhere is. A scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,7 +1,7 @@
 """ResNets with the CIFAR stem (He et al., CVPR 2016), from torchvision's residual blocks.
 
 A 3x3 stride-1 convolution instead of the 7x7 one, no max-pooling, global average pooling, and
-PyTorch's default initialisation. `resnet18` has 11,168,832 parameters before the head.
+PyTorch's default initialization. `resnet18` has 11,168,832 parameters before the head.
 """
 
 import copy

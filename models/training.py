@@ -14,10 +14,10 @@ from errors import UserError
 
 from . import parallel
 from .augment import Images
-from .embeddings import Embeddings
 from .network import Network
 from .objective import Batch, Objective
 from .resnet import fold_batchnorm
+from .vectors import Embeddings
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 
@@ -112,7 +112,7 @@ def _parts(
     """All that has a state in a training: "network", "objective", "optimizer ...", and so on."""
     published = {"momentum": 0.9, "weight_decay": 5e-4}
     optimizer = torch.optim.SGD(network.parameters(), settings.lr_model, **published, fused=True)
-    # Fused SGD leaves the momentum uninitialised if GradScaler skips the first step: zero it.
+    # Fused SGD leaves the momentum uninitialized if GradScaler skips the first step: zero it.
     for parameter in network.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     optimizers = [optimizer, *objective.optimizers()]

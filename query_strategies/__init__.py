@@ -2,8 +2,11 @@
 
 To add one: copy `uncertainty.py`, change what `query` computes and the fields of PoolOutputs in
 READS, and add its name to NAMES. The file's name is that in small letters; the name may have
-letters, digits, "-" and single "_". With NEEDS_DETECTOR = True in the file, only
-AL_center_temperature.py offers it.
+letters, digits, "-" and single "_". The file may also have
+NEEDS_DETECTOR = True: only AL_center_temperature.py offers it;
+objective(network, temperature, invalid, generator): what the queried network learns, see eaoa.py;
+DEFAULTS: a dict of arguments whose default differs under this strategy;
+describe(outputs): a line for NAME.log before each query.
 """
 
 from importlib import import_module

@@ -14,8 +14,8 @@ START_CHUNK = 1 << 11  # pool images at a time, each with its distances to all l
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, in order of choice; count <= outputs.size.
 
-    The centres at the start are the labeled images. Again and again the pool image farthest from
-    its nearest centre becomes one.
+    The centers at the start are the labeled images. Again and again the pool image farthest from
+    its nearest center becomes one.
     """
     # Distances between two sets are a matrix product: fast, but only float64 tells near ones apart.
     labeled = outputs.labeled_features.double()

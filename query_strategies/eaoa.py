@@ -2,9 +2,9 @@
 Epistemic and Aleatoric Uncertainty for Active Open-Set Annotation: An Energy-Based Approach",
 CVPR 2025).
 
-Epistemic uncertainty tells unknown images: the free energy of the detector's logits, and of how
-often labeled and invalid images have a pool image among their nearest. Aleatoric uncertainty, by
-the classifier, tells informative images among the others.
+Epistemic uncertainty separates known from unknown images: by the free energy of the detector's
+logits, and by how often labeled and invalid images have a pool image among their nearest.
+Aleatoric uncertainty, the classifier's, picks the informative ones among the known.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from models.objective import Batch, Objective
+from models.objective import Batch, Objective, mean_where
 
 from .av_based import mixture_posterior
 from .outputs import PoolOutputs, in_chunks, top_k
@@ -27,7 +27,7 @@ DEFAULTS = {"known_T": 1.0, "unknown_T": 1.0}  # arguments: a cross-entropy with
 
 # Settings of the paper and of the code that its authors released.
 WEIGHT = 0.01  # of the energy loss
-KNOWN_ENERGY = -25.0  # the energies of labeled images shall be lower,
+KNOWN_ENERGY = -25.0  # labeled images should have lower energy,
 INVALID_ENERGY = -7.0  # those of invalid images higher
 NEIGHBORS = 250  # pool images that a labeled or invalid image names
 FIRST_K = 5  # candidates for each image of the query, in round 0
@@ -40,11 +40,20 @@ BLOCK = 1 << 25  # similarities in memory at a time, float64
 
 
 class EnergyObjective(Objective):
-    """The cross-entropy plus WEIGHT times the energy loss, as soon as there are invalid images."""
+    """The cross-entropy plus WEIGHT times the energy loss, as soon as there are invalid images.
 
-    def __init__(self, temperature: Sequence[float] | None, any_invalid: bool) -> None:
+    invalid: (u,), the invalid images.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        temperature: Sequence[float] | None,
+        invalid: Tensor,
+        generator: Callable[..., torch.Generator],
+    ) -> None:
         super().__init__(temperature)
-        self.any_invalid = any_invalid
+        self.any_invalid = len(invalid) > 0
 
     def forward(self, batch: Batch) -> Tensor:
         loss = super().forward(batch)
@@ -53,14 +62,7 @@ class EnergyObjective(Objective):
         return loss
 
 
-def objective(
-    network: nn.Module,
-    temperature: Sequence[float] | None,
-    invalid: Tensor,
-    generator: Callable[..., torch.Generator],
-) -> Objective:
-    """What the detector's training minimises; invalid: (u,), the invalid images."""
-    return EnergyObjective(temperature, len(invalid) > 0)
+objective = EnergyObjective  # what the detector's training minimizes
 
 
 def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,11 +76,6 @@ def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:
     above = (energy - KNOWN_ENERGY).clamp(min=0).square()
     below = (INVALID_ENERGY - energy).clamp(min=0).square()
     return mean_where(targets < known, above) + mean_where(targets == known, below)
-
-
-def mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    """Mean of the values (B,) where the mask (B,) is true, 0 if it nowhere is. A scalar."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 # ---- query --------------------------------------------------------------------------------------

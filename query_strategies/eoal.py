@@ -1,5 +1,5 @@
-"""EOAL: low entropy of binary classifiers, far from none of the clusters of invalid images, and
-spread over clusters of the pool (Safaei et al., "Entropic Open-set Active Learning", AAAI 2024)."""
+"""EOAL: low entropy of binary classifiers, close to no single cluster of invalid images, and spread
+over clusters of the pool (Safaei et al., "Entropic Open-set Active Learning", AAAI 2024)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.objective import Batch, Objective
+from models.objective import Batch, Objective, mean_where
 
 from .clustering import clusters, partitions
-from .eaoa import mean_where
 from .outputs import PoolOutputs, in_chunks, top_k
 from .uncertainty import entropy
 
@@ -34,20 +33,21 @@ class OpenSetObjective(Objective):
     """The cross-entropy, the open-set loss of K binary classifiers (the heads) on the features, and
     once there are invalid images, CLUSTER_WEIGHT times the cluster loss of these.
 
-    invalid: (u,) int64, as in `objective`. The state of a training holds the heads and the centers,
-    (C, F) with C at most K, of the last epoch; (0, F) without invalid images.
+    invalid: (u,) int64, the invalid images among the training images. The state of a training holds
+    the heads, and the centers of the last epoch, (C, F) with C at most K; (0, F) without invalid
+    images.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        network: nn.Module,
         temperature: Sequence[float] | None,
         invalid: Tensor,
-        generator: torch.Generator,
+        generator: Callable[..., torch.Generator],
     ) -> None:
         super().__init__(temperature)
-        self.known, width = shape
-        drawn = 2 * torch.rand(2 * self.known, width, generator=generator) - 1
+        self.known, width = network.fc.out_features - 1, network.feature_dim
+        drawn = 2 * torch.rand(2 * self.known, width, generator=generator("heads")) - 1
         self.weight = nn.Parameter(drawn / math.sqrt(width))  # as nn.Linear draws it
         self.register_buffer("invalid", invalid.unique(), persistent=False)  # sorted
         self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
@@ -86,15 +86,7 @@ class OpenSetObjective(Objective):
         return super().forward(batch) + len(batch.targets) * loss
 
 
-def objective(
-    network: nn.Module,
-    temperature: Sequence[float] | None,
-    invalid: Tensor,
-    generator: Callable[..., torch.Generator],
-) -> Objective:
-    """What the detector's training minimises; invalid: (u,), the invalid images."""
-    shape = network.fc.out_features - 1, network.feature_dim
-    return OpenSetObjective(shape, temperature, invalid, generator("heads"))
+objective = OpenSetObjective  # what the detector's training minimizes
 
 
 def open_set_loss(heads: Tensor, targets: Tensor, any_invalid: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""KMeans: k-means with as many centres as images to query; the image nearest to each centre."""
+"""KMeans: k-means with as many centers as images to query; the image nearest to each center."""
 
 import warnings
 
@@ -18,25 +18,25 @@ ITERATIONS = 30  # Lloyd steps at most; see query
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
-    """Positions of `count` pool images, (count,) int64, in order of the centres.
+    """Positions of `count` pool images, (count,) int64, in order of the centers.
 
-    If two centres have the same nearest image, the first takes it and the other takes its nearest
+    If two centers have the same nearest image, the first takes it and the other takes its nearest
     free image. To save time, k-means starts once, from images drawn at random (k-means++ alone
     would take longer than all of it), and stops after ITERATIONS Lloyd steps.
     """
     features = outputs.features.float().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=generator))
-    # Threads add up their parts of a centre in the order in which they finish. With more than two
+    # Threads add up their parts of a center in the order in which they finish. With more than two
     # the sum can differ between runs.
     kmeans = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, random_state=seed)
     with threadpool_limits(2, "openmp"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centres
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centers
         centers = kmeans.fit(features).cluster_centers_
     return torch.from_numpy(nearest_distinct(centers, features))
 
 
 def nearest_distinct(centers: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """For each centre its nearest image; of centres that share one, see `query`: (k,) int64.
+    """For each center its nearest image; of centers that share one, see `query`: (k,) int64.
 
     centers: (k, F), features: (n, F), k <= n.
     """

@@ -24,10 +24,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +38,7 @@ from torchvision import transforms
 import AL_center_temperature
 import models
 from datasets import DATASETS
+from datasets.encoder import Encoder
 from datasets.raw import Raw
 from experiment.run import generator
 from models import Objective, Settings, augment, parallel, training
@@ -205,23 +208,40 @@ def compare(what, plain, ours, count, turns, *goals) -> None:
 
 # Seconds for 50 thousand pool images.
 GOALS = {"AV_temperature": 0.3, "Coreset": 60, "BADGE": 120, "KMeans": 600}
-GOALS |= dict.fromkeys(("OpenMax", "margin", "certainty", "Max_AV"), 1)
+GOALS |= dict.fromkeys(("OpenMax", "margin", "certainty", "Max_AV"), 1) | {"EAOA": 30, "EOAL": 60}
+SQUARE = ("EOAL",)  # grow with the square of the pool, the others in proportion to it
 
 
-def random_outputs(reads: tuple[str, ...], count: int) -> PoolOutputs:
-    """The fields `reads` as of a detector, for `count` pool images and LABELED labeled ones."""
-    rng, fields = torch.Generator().manual_seed(0), {}
-    for prefix, n, classes in (("", count, K + 1), ("labeled_", LABELED, K)):
+def random_outputs(strategy: ModuleType, count: int) -> PoolOutputs:
+    """What a strategy reads, as of a detector, for `count` pool images.
+
+    512 features and LABELED labeled images; for the later papers' methods, which read the invalid
+    images or their own objective, 128 features, 5,000 labeled and 10,000 invalid images.
+    """
+    rng, fields, reads = torch.Generator().manual_seed(0), {}, strategy.READS
+    later = {"invalid_features", "objective"} & {*reads}
+    width, labeled = (128, 5_000) if later else (512, LABELED)
+    kinds = (("", count, K + 1), ("classifier_", count, K), ("labeled_", labeled, K))
+    for prefix, n, classes in (*kinds, ("invalid_", 10_000, 1)):
         targets = torch.randint(0, classes, (n,), generator=rng)
         sure = 2 + 4 * torch.randint(0, 2, (n, 1), generator=rng)  # of the target, or less so
-        shapes = {"features": (n, 512), "logits": (n, K + 1), "mc_logits": (20, n, K + 1)}
+        columns = K if prefix == "classifier_" else K + 1
+        shapes = {"features": (n, width), "logits": (n, columns), "mc_logits": (20, n, columns)}
         for name, shape in shapes.items():
             if prefix + name in reads:
                 fields[prefix + name] = torch.randn(shape, generator=rng)
         if prefix + "logits" in reads:
-            fields[prefix + "logits"] += sure * F.one_hot(targets, K + 1)
+            fields[prefix + "logits"] += sure * F.one_hot(targets, columns)
         if prefix + "targets" in reads:
             fields[prefix + "targets"] = targets
+    if "precisions" in reads:
+        fields["precisions"] = (0.5, 0.7)
+    if "objective" in reads:
+        network = models.build("mlp", 8, K + 1, width, 0.0)
+        invalid = torch.arange(10_000)
+        made = strategy.objective(network, None, invalid, lambda *_: rng)
+        made.before_epoch(lambda index: torch.randn(len(index), width, generator=rng))
+        fields["objective"] = made
     return PoolOutputs(count, num_known=K, **fields)
 
 
@@ -233,7 +253,7 @@ def selection(turns: int, quick: bool) -> None:
     """
 
     def call(name: str, count: int) -> Callable[[], float]:
-        outputs = random_outputs(STRATEGIES[name].READS, count)
+        outputs = random_outputs(STRATEGIES[name], count)
         return partial(seconds, select, name, outputs, QUERIED, torch.Generator())
 
     for name, strategy in STRATEGIES.items():
@@ -249,7 +269,8 @@ def selection(turns: int, quick: bool) -> None:
             small, large = [first], [call(name, times * 50_000)()]
         goal = f"<= {GOALS[name]}" if name in GOALS else ""
         add_row(f"{name}, 50 thousand images", "s", small, goal=goal)
-        goal = f"<= {1.2 * times:g}" if name in GOALS else ""
+        grows = times**2 if name in SQUARE else times
+        goal = f"<= {1.2 * grows:g}" if name in GOALS else ""
         add_row(f"{name}, {words} images against 50 thousand", "s", large, small, goal)
 
 
@@ -316,6 +337,61 @@ def cifar_sized_round(turns: int, model: str) -> None:
     add_row(f"{what}: outside the networks", "s", outside, whole, "<= 0.03")
 
 
+def embeddings_run(folder: str, count: int, width: int) -> tuple[float, float]:
+    """Run LfOSA as published, ten rounds, on `count` random vectors of 100 clusters.
+
+    Returns the peak memory above the imported libraries in GB, and the seconds of the run.
+    """
+    rng, data = np.random.default_rng(0), Path(folder)
+    centers = 0.22 * rng.standard_normal((100, width), dtype=np.float32)
+    for part, n in (("train", count), ("test", count // 5)):
+        labels = np.arange(n) % 100
+        rows = centers[labels] + rng.standard_normal((n, width), dtype=np.float32)
+        np.save(data / f"{part}.npy", rows.astype(np.float16))
+        np.save(data / f"{part}_labels.npy", labels)
+    del rows
+    libraries = peak_memory()
+    settings = f"--dataset embeddings --data-dir {folder} --save-dir {folder}/log --known-class 20"
+    sys.argv = ["LfOSA", *settings.split(), "--query-batch", str(count * 3 // 100)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        taken = seconds(AL_center_temperature.main)
+    return max(0.0, peak_memory() - libraries), taken
+
+
+def embeddings(quick: bool) -> None:
+    """Measure a whole run on embeddings: time and memory."""
+    count, width = (2_000, 64) if quick else (50_000, 1_280)
+    with tempfile.TemporaryDirectory() as folder, process() as fresh:
+        memory, taken = fresh(embeddings_run, folder, count, width)
+    what = f"LfOSA, ten rounds on {count:,} x {width:,} embeddings"
+    add_row(what, "s", [taken], goal="" if quick else "<= 240")
+    add_row(f"{what}: memory above the libraries", "GB", [memory], goal="<= 1.2")
+
+
+def encoding(turns: int, count: int) -> None:
+    """Measure an encoder with random weights beside torchvision's network in a plain loop."""
+    network = torchvision.models.resnet18().eval()
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    coder = Encoder("resnet18", DEVICE, Path(), fitted=False)
+    coder._network = lambda: (
+        torch.nn.Sequential(*[*network.children()][:-1], torch.nn.Flatten()),
+        512,
+    )
+
+    @torch.no_grad()
+    def plain() -> None:
+        network.to(DEVICE)
+        for begin in range(0, count, 32):
+            part = torch.from_numpy(images[begin : begin + 32]).to(DEVICE).permute(0, 3, 1, 2)
+            network(coder.transforms(part)).cpu()
+
+    samples = in_turn(
+        turns, *(partial(seconds, call) for call in (partial(coder.apply, images), plain))
+    )
+    rates = [[count / s for s in each] for each in samples]
+    add_row("encoding, resnet18 at 224 pixels, against a plain loop", "images/s", *rates, ">= 1")
+
+
 def start(turns: int) -> None:
     """Measure the time until digits has done the backward pass of its first training step."""
 
@@ -341,7 +417,7 @@ def main() -> None:
     text = "two minutes instead of twenty: fewer and smaller samples, a smaller network in the "
     text += "round, no strategy that reads more than logits, no --compile"
     parser.add_argument("--quick", action="store_true", help=text)
-    names = ["augmentation", "networks", "selection", "round", "start"]
+    names = ["augmentation", "networks", "selection", "round", "start", "embeddings", "encoding"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
     args = parser.parse_args()
     quick, only = args.quick, args.only
@@ -370,6 +446,10 @@ def main() -> None:
             cifar_sized_round(*((1, "resnet20") if quick else (2, "resnet18")))
         if "start" in only:
             start(2 if quick else 5)
+        if "embeddings" in only:
+            embeddings(quick)
+        if "encoding" in only:
+            encoding(*((2, 64) if quick else (5, 256)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def plain(image, left, top, flip, angle, padding):
     padded = TF.pad(Image.fromarray(image), padding, fill=0)
     image = TF.crop(padded, top + padding, left + padding, size, size)
     image = TF.hflip(image) if flip else image
-    return TF.rotate(image, angle)  # nearest neighbour and zero fill are torchvision's defaults
+    return TF.rotate(image, angle)  # nearest neighbor and zero fill are torchvision's defaults
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8), (8, 1), (9, 1)])

@@ -69,7 +69,7 @@ def selected(data, name, folder):
 
 
 def trained(data, images, fixed_batchnorm):
-    """Gradients, centres, loss and weights after one epoch of training on `images` images."""
+    """Gradients, centers, loss and weights after one epoch of training on `images` images."""
     network, known = new_network(), data.num_known
     for module in network.modules():
         if fixed_batchnorm and isinstance(module, torch.nn.BatchNorm2d):
@@ -214,7 +214,7 @@ def test_all_hear_of_a_signal_to_one(pair):
 
 
 @pytest.mark.parametrize("images", BATCHES)
-def test_gradients_and_centres_are_those_of_the_batch_of_all_processes(pair, single, images):
+def test_gradients_and_centers_are_those_of_the_batch_of_all_processes(pair, single, images):
     expected = single["steps"][images]
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
     for rank in pair[2]:

@@ -20,7 +20,7 @@ import plot
 from datasets import digits
 from datasets.encoder import Encoder
 from errors import UserError
-from models import embeddings
+from models import vectors
 from query_strategies import STRATEGIES
 
 CPU = torch.device("cpu")
@@ -49,12 +49,12 @@ def read(home):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_standardised_by_the_training_columns(dtype):
+def test_standardized_by_the_training_columns(dtype):
     rng = np.random.default_rng()
     offset = 1e6 if dtype == np.float64 else 10
     train, test = (rng.normal(offset, 3, (n, 7)).astype(dtype) for n in (400, 90))
     train[:, 3] = 0.1  # constant
-    sets = embeddings.to_device(train, test, CPU)
+    sets = vectors.to_device(train, test, CPU)
     mean, std = train.astype(np.float64).mean(0), train.astype(np.float64).std(0)
     for rows, inputs in zip((train, test), sets, strict=True):
         index = torch.from_numpy(rng.permutation(len(rows))[:50])

@@ -354,7 +354,7 @@ def test_tiny_imagenet_broken(tmp_path, change, parts):
 
 
 def twin(content, size):
-    """Upright, in RGB, shorter side resized, centre cropped; by hand."""
+    """Upright, in RGB, shorter side resized, center cropped; by hand."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode == "I;16":  # the upper eight bits; Pillow makes nearly everything white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -424,24 +424,24 @@ def test_an_image_corrected_in_place_is_read_again(tmp_path):
 
 def test_transparent_images_are_drawn_on_white(tmp_path, capfd):
     grey, alpha = RNG.integers(256, size=(2, 16, 16), dtype=np.uint8)
-    colour, palette = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8), bytes(range(0, 256))
-    see_through = Image.fromarray(np.dstack([colour, alpha]))
+    color, palette = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8), bytes(range(0, 256))
+    see_through = Image.fromarray(np.dstack([color, alpha]))
     indexed = Image.fromarray(grey).convert("P")
-    drawing = Image.fromarray(np.dstack([0 * colour, alpha]))
-    opaque = Image.fromarray(np.dstack([colour, 0 * alpha + 255]))
+    drawing = Image.fromarray(np.dstack([0 * color, alpha]))
+    opaque = Image.fromarray(np.dstack([color, 0 * alpha + 255]))
     light = np.asarray(see_through.convert("L"))[..., None].repeat(3, 2)
-    solid, keyed = (grey != 0)[..., None], (colour.reshape(-1, 3)[7] != colour).any(2)[..., None]
+    solid, keyed = (grey != 0)[..., None], (color.reshape(-1, 3)[7] != color).any(2)[..., None]
 
     def on_white(pixels, share):
         return share * pixels + (1 - share) * 255
 
     alpha, triple = alpha[..., None] / 255, np.repeat(grey[..., None], 3, 2)
     made = {  # what is in the file, and how it looks
-        "drawing.png": (encoded(drawing, "PNG"), on_white(0 * colour, alpha)),
-        "rgba.tif": (encoded(see_through), on_white(colour, alpha)),
+        "drawing.png": (encoded(drawing, "PNG"), on_white(0 * color, alpha)),
+        "rgba.tif": (encoded(see_through), on_white(color, alpha)),
         "rgba.webp": (
             encoded(see_through, "WEBP", lossless=True, exact=True),
-            on_white(colour, alpha),
+            on_white(color, alpha),
         ),
         "la.png": (encoded(see_through.convert("LA"), "PNG"), on_white(light, alpha)),
         "index.png": (encoded(indexed, "PNG", transparency=0), on_white(triple, solid)),
@@ -450,10 +450,10 @@ def test_transparent_images_are_drawn_on_white(tmp_path, capfd):
             on_white(triple, triple / 255),
         ),
         "key.png": (
-            encoded(colour, "PNG", transparency=tuple(colour.reshape(-1, 3)[7].tolist())),
-            on_white(colour, keyed),
+            encoded(color, "PNG", transparency=tuple(color.reshape(-1, 3)[7].tolist())),
+            on_white(color, keyed),
         ),
-        "opaque.png": (encoded(opaque, "PNG"), colour),
+        "opaque.png": (encoded(opaque, "PNG"), color),
     }
     write_folder(tmp_path, {name: content for name, (content, _) in made.items()})
     found = pixels_of(tmp_path)
@@ -641,3 +641,12 @@ def test_digits(tmp_path):
     grey = raw.train / 255
     np.testing.assert_allclose(grey.mean((0, 1, 2)), DATASETS["digits"].mean, atol=5e-5)
     np.testing.assert_allclose(grey.std((0, 1, 2)), DATASETS["digits"].std, atol=5e-5)
+
+
+def test_a_protocols_classes_are_lines_of_wnids_txt(tmp_path):
+    write_folder(tmp_path / "folder", trees.tiny_imagenet())
+    write_zip(tmp_path / "tiny-imagenet-200.zip", trees.tiny_imagenet())
+    for place in (tmp_path / "folder", tmp_path):
+        known = datasets.Known(2, order="1 2")
+        data = datasets.create("TinyImagenet", place, torch.device("cpu"), known)
+        assert data.classes == ("n00000020", "n00000000", "n00000010")

@@ -64,8 +64,8 @@ def plain_input(images, index):
     """One image, from its bytes."""
     size = images.height * images.width
     pixels = images.pixels[index * size : (index + 1) * size].view(images.height, images.width, 3)
-    normalised = (pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    return normalised.permute(2, 0, 1).unsqueeze(0)
+    normalized = (pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return normalized.permute(2, 0, 1).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -137,9 +137,9 @@ def test_resnet20_has_shortcuts_without_parameters():
         assert torch.equal(y[:, :, i, j], nn.functional.pad(x[:, :, 2 * i, 2 * j], (0, 16)))
 
 
-@pytest.mark.parametrize("synchronised", [False, True])  # as CUDA ranks train
+@pytest.mark.parametrize("synchronized", [False, True])  # as CUDA ranks train
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_outputs_memory_format_and_folded_batch_norms(name, synchronised):
+def test_outputs_memory_format_and_folded_batch_norms(name, synchronized):
     network = randomize_statistics(create(name, 4, 2)).eval()
     images = torch.randn(3, 3, 16, 16).to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_outputs_memory_format_and_folded_batch_norms(name, synchronised):
             if parameter.ndim == 4:
                 assert parameter.is_contiguous(memory_format=torch.channels_last)
 
-        if synchronised:
+        if synchronized:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         before = copy.deepcopy(network)
         folded = fold_batchnorm(network)
@@ -160,7 +160,7 @@ def test_outputs_memory_format_and_folded_batch_norms(name, synchronised):
             assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_initialisation_is_pytorchs_from_its_generator_alone():
+def test_initialization_is_pytorchs_from_its_generator_alone():
     """Weights are uniform within 1 / sqrt(fan in): kaiming_uniform with a = sqrt(5)."""
     state = torch.get_rng_state()
     network = create("resnet18", 20, 2)
@@ -192,7 +192,7 @@ def test_dropout_acts_on_the_pooled_vector_in_training_only():
 
 def plain_training(network, images, targets, indices, temperature, weight_cent):
     """The published recipe, an image at a time: five epochs of batches of 16; the mean losses, and
-    the centres."""
+    the centers."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=5e-4)
     centers = torch.empty(4, network.feature_dim).normal_(generator=generator(0, "centers"))
@@ -211,7 +211,7 @@ def plain_training(network, images, targets, indices, temperature, weight_cent):
                 target = int(targets[i])
                 row = row / (temperature[target] if temperature else 1)
                 loss = loss + row.logsumexp(0) - row[target]
-                if target < 4:  # an invalid image has no centre, but counts in len(index)
+                if target < 4:  # an invalid image has no center, but counts in len(index)
                     difference = feature - centers[target]
                     loss = loss + weight_cent * difference.square().sum()
                     pull[target] -= 2 * difference.detach()

@@ -371,16 +371,16 @@ def test_openmax_against_a_transcription_of_the_paper(seed, known, monkeypatch):
 
 
 def plain_nearest(centers, features):
-    """First choices first, an earlier centre before a later; then whoever lost takes what is
+    """First choices first, an earlier center before a later; then whoever lost takes what is
     nearest among the rest."""
-    images, centre_of = range(len(features)), {}
+    images, center_of = range(len(features)), {}
     rankings = [sorted(images, key=lambda i: math.dist(c, features[i])) for c in centers]
     for c, ranking in enumerate(rankings):
-        centre_of.setdefault(ranking[0], c)
+        center_of.setdefault(ranking[0], c)
     for c, ranking in enumerate(rankings):
-        if c not in centre_of.values():
-            centre_of[next(i for i in ranking if i not in centre_of)] = c
-    return sorted(centre_of, key=centre_of.get)
+        if c not in center_of.values():
+            center_of[next(i for i in ranking if i not in center_of)] = c
+    return sorted(center_of, key=center_of.get)
 
 
 @pytest.mark.parametrize("spread", [1, 3, 100])  # of integers: small ones give ties
@@ -395,7 +395,7 @@ def test_nearest_distinct_against_plain_loops(seed, spread):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_kmeans_takes_the_image_nearest_to_each_centre(seed):
+def test_kmeans_takes_the_image_nearest_to_each_center(seed):
     features = pool(seed, 80).features
     positions = select(
         "KMeans", PoolOutputs(80, KNOWN, features=features), 12, seeded(seed)

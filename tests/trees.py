@@ -22,7 +22,7 @@ def tiny_imagenet():
     """Tiny ImageNet: 3 classes of 11 images, 12 for validation, not in order of number; litter."""
     rng = np.random.default_rng(0)
     wnids = ["n00000000", "n00000010", "n00000020"]
-    files = {f"{ROOT}/wnids.txt": "\n".join(wnids).encode()}
+    files = {f"{ROOT}/wnids.txt": "\n".join(wnids[1:] + wnids[:1]).encode()}  # not sorted
     for wnid in reversed(wnids):
         files[f"{ROOT}/train/{wnid}/{wnid}_boxes.txt"] = b""
         for number in reversed(range(11)):

@@ -1,4 +1,4 @@
-"""Vectors that live on the device as they are stored, standardised a batch at a time."""
+"""Vectors that live on the device as they are stored, standardized a batch at a time."""
 
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Embeddings(NamedTuple):
         return torch.empty(count, 0)
 
     def batch(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
-        """Network input (B, D) float32 of index (B,), standardised."""
+        """Network input (B, D) float32 of index (B,), standardized."""
         rows = self.rows.index_select(0, index).to(self.mean.dtype)
         return rows.sub_(self.mean).mul_(self.scale).float()
 
@@ -43,7 +43,7 @@ def to_device(
 ) -> tuple[Embeddings, Embeddings]:
     """Copy training (N, D) and test vectors (M, D), finite floats, to the device.
 
-    Both are standardised by the mean and the standard deviation of the training columns.
+    Both are standardized by the mean and the standard deviation of the training columns.
     """
     mean, std = moments(train)
     dtype = torch.float64 if train.dtype == np.float64 else torch.float32
