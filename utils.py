@@ -70,7 +70,7 @@ def encoder(text: str) -> str:
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
-POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
+POSITIVE, WEIGHT = number(float, 0, 1e30, above=True), number(float, 0, 1e30)
 PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=True)
 TEMPERATURE = number(float, 1e-30, 1e30)  # float32 goes a little further
 
@@ -138,7 +138,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(experiment, "--query-batch", COUNT, "N", "images queried per round")
     add(experiment, "--max-query", COUNT, "N", "rounds", 10)
     add(experiment, "--seed", SIZE, "N", "seed of every random draw", 1)
-    add(experiment, "--protocol", [*PROTOCOLS], "NAME", "a paper's setting, see below: ")
+    add(experiment, "--protocol", [*PROTOCOLS], "NAME", "a paper's setting (see below): ")
     which = experiment.add_mutually_exclusive_group()
     add(which, "--class-seed", SIZE, "N", "shuffle the classes; the first K are known")
     add(training, "--model", [*models.NETWORKS], "NAME", "")
@@ -197,15 +197,15 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
 
 def _epilog(dataset: str) -> Iterator[str]:
     """The end of --help: whose defaults it shows, and what each protocol sets."""
-    yield f"The defaults are those of {dataset}. Others: --dataset cifar100 --help."
+    yield f"The defaults are those of {dataset}. Others: --dataset cifar100 --help. Flags override"
+    yield "what a protocol sets:"
     for name, protocol in PROTOCOLS.items():
         words = ["the known classes of its paper"] * bool(protocol.class_order)
         for key, value in protocol.defaults.items():
             flag = ("no-" if value is False else "") + key.replace("_", "-")
             words.append(f"--{flag}" + ("" if isinstance(value, bool) else f" {value}"))
         if words:
-            text = f"--protocol {name} sets {', '.join(words)}. Single flags override them."
-            yield textwrap.fill(text, 98)
+            yield textwrap.fill(f"{name}: {', '.join(words)}.", 98)
 
 
 def _senseless(args: Namespace) -> str:
