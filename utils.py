@@ -197,8 +197,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
 
 def _epilog(dataset: str) -> Iterator[str]:
     """The end of --help: whose defaults it shows, and what each protocol sets."""
-    yield f"The defaults are those of {dataset}. Others: --dataset cifar100 --help. Flags override"
-    yield "what a protocol sets:"
+    yield f"Defaults of {dataset}; see also --dataset cifar100 --help. Flags override a protocol:"
     for name, protocol in PROTOCOLS.items():
         words = ["the known classes of its paper"] * bool(protocol.class_order)
         for key, value in protocol.defaults.items():

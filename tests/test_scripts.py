@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -339,3 +341,47 @@ def test_no_strategy_sees_the_labels_of_the_pool(monkeypatch, tmp_path, strategy
         classifier = run.train("classifier", 4, split.labeled)
         queries.append(run.query(split, detector, classifier).tolist())
     assert queries[0] == queries[1]
+
+
+def test_resumed_with_another_number_of_threads_it_goes_on_and_says_so(forks, tmp_path):
+    words = [tmp_path, BASELINE, *UNTRAINED, "--resume"]
+    assert_ends_well(forks.run(*words))
+    alike = forks.run(*words)
+    other = forks.run(*words, before="import torch; torch.set_num_threads(2)")
+    for ran in (alike, other):
+        assert_ends_well(ran)
+        assert ("note" in ran.stdout) == (ran is other)
+
+
+def test_a_notebooks_output_and_interruptions_are_left_as_they_were(monkeypatch):
+    class Output:  # has no `reconfigure`
+        write, flush = sys.stdout.write, sys.stdout.flush
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(lambda: None)
+    assert end.value.code == 0 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_path_that_cannot_be_written_is_named(forks, tmp_path):
+    (tmp_path / "log_AL").mkdir()
+    (tmp_path / "log_AL" / "tb").write_text("a file of somebody else")
+    assert_one_line(forks.run(tmp_path, BASELINE, *UNTRAINED), "log_AL/tb")
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, 1), ("2", 2)])
+def test_threads_follow_a_containers_quota(monkeypatch, tmp_path, given, threads):
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["script.py", *UNTRAINED, "--save-dir", str(tmp_path)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        utils.start("test", detector=False)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
