@@ -70,7 +70,7 @@ def encoder(text: str) -> str:
 
 
 COUNT, SIZE = number(int, 1, 2**31), number(int, 0, 2**31)
-POSITIVE, WEIGHT = number(float, 0, 1e30, above=True), number(float, 0, 1e30)
+POSITIVE, WEIGHT = number(float, 0, 1e38, above=True), number(float, 0, 1e38)  # of float32
 PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=True)
 TEMPERATURE = number(float, 1e-30, 1e30)  # float32 goes a little further
 

@@ -49,7 +49,7 @@ def start(monkeypatch, tmp_path):
         labels = np.arange(30 * PUBLIC[dataset]) % PUBLIC[dataset]
         pixels = np.zeros((len(labels), 8, 8, 3), np.uint8)
         raw = Raw(pixels, labels, pixels, labels, tuple(map(str, range(PUBLIC[dataset]))))
-        small = DATASETS[dataset]._replace(load=lambda data_dir: raw)
+        small = DATASETS[dataset]._replace(load=lambda data_dir: raw, class_ids=None)
         monkeypatch.setitem(DATASETS, dataset, small)
         words = ["--use-cpu", "--save-dir", str(tmp_path), "--dataset", dataset, *arguments]
         monkeypatch.setattr(sys, "argv", ["script.py", *words])
