@@ -83,7 +83,6 @@ def by_class_folder(decoded: Decoded) -> Raw:
         test=decoded.pixels[count:],
         test_labels=labels[count:],
         classes=tuple(classes.tolist()),
-        names=tuple(decoded.files),
         digest=decoded.digest,
     )
 

@@ -15,8 +15,7 @@ class Raw(NamedTuple):
     test: np.ndarray  # likewise (M, ...)
     test_labels: np.ndarray  # (M,) int64
     classes: tuple[str, ...]
-    names: tuple[str, ...] = ()  # of the N + M image files, if there are such
-    digest: str = ""  # hex digits that change with the names and contents of these files
+    digest: str = ""  # hex digits that change with the user's own files
 
 
 class Items(NamedTuple):

@@ -424,6 +424,7 @@ def test_an_image_corrected_in_place_is_read_again(tmp_path):
 
 def test_transparent_images_are_drawn_on_white(tmp_path, capfd):
     grey, alpha = RNG.integers(256, size=(2, 16, 16), dtype=np.uint8)
+    grey[0, 0] = 0  # the index that is transparent occurs
     color, palette = RNG.integers(256, size=(16, 16, 3), dtype=np.uint8), bytes(range(0, 256))
     see_through = Image.fromarray(np.dstack([color, alpha]))
     indexed = Image.fromarray(grey).convert("P")
