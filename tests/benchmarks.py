@@ -392,6 +392,39 @@ def encoding(turns: int, count: int) -> None:
     add_row("encoding, resnet18 at 224 pixels, against a plain loop", "images/s", *rates, ">= 1")
 
 
+def successors(turns: int, labeled: int, invalid: int) -> None:
+    """Measure an epoch of LfOSA's detector on a later paper's network, and one of EOAL's.
+
+    Of the latter also the clustering before it, which includes predicting the features.
+    """
+    count = labeled + invalid
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    images = augment.to_device(pixels, CIFAR.mean, CIFAR.std, 4, CIFAR.flip, 0, DEVICE)
+    index, draws = torch.arange(count), partial(generator, 1)
+    targets = torch.where(index < labeled, index % K, K).to(DEVICE)
+    network = models.create("resnet18-narrow", K + 1, 0, draws("init"), DEVICE)
+    clustering = []
+
+    def epoch(objective: Objective) -> None:
+        prepare = objective.before_epoch
+        objective.before_epoch = lambda features_of: clustering.append(
+            seconds(prepare, features_of)
+        )
+        data, settings = (images, targets, index), Settings(max_epoch=1)
+        for _ in models.train(network, objective, *data, draws, settings):
+            pass
+
+    def taken(make: Callable[[], Objective]) -> float:
+        return seconds(epoch, make().to(DEVICE))
+
+    eoal = partial(STRATEGIES["EOAL"].objective, network, None, index[labeled:], draws)
+    plain, whole = in_turn(turns, partial(taken, Objective), partial(taken, eoal))
+    add_row("training, resnet18-narrow", "images/s", [count / s for s in plain])
+    what = f"EOAL, {labeled:,} labeled and {invalid:,} invalid images"
+    add_row(f"{what}: epoch, against LfOSA's", "s", whole, plain)
+    add_row(f"{what}: clustering, against its epoch", "s", clustering[1::2], whole)
+
+
 def start(turns: int) -> None:
     """Measure the time until digits has done the backward pass of its first training step."""
 
@@ -417,7 +450,8 @@ def main() -> None:
     text = "two minutes instead of twenty: fewer and smaller samples, a smaller network in the "
     text += "round, no strategy that reads more than logits, no --compile"
     parser.add_argument("--quick", action="store_true", help=text)
-    names = ["augmentation", "networks", "selection", "round", "start", "embeddings", "encoding"]
+    names = ["augmentation", "networks", "selection", "successors", "round", "start"]
+    names += ["embeddings", "encoding"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
     args = parser.parse_args()
     quick, only = args.quick, args.only
@@ -442,6 +476,8 @@ def main() -> None:
             compare("pool scoring", plain_scoring, our_scoring, scored, turns, *goals)
         if "selection" in only:
             selection(3, quick)
+        if "successors" in only:
+            successors(*((1, 300, 600) if quick else (5, 3000, 6000)))
         if "round" in only:
             cifar_sized_round(*((1, "resnet20") if quick else (2, "resnet18")))
         if "start" in only:
