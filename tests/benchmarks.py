@@ -116,9 +116,9 @@ def random_images() -> tuple[np.ndarray, list[int], augment.Images, Tensor, mode
 def our_augmentation(count: int) -> None:
     _, _, images, _, _ = random_images()
     order = torch.randperm(count).to(DEVICE)
-    parameters = augment.draw(images, count, torch.Generator()).to(DEVICE)
+    parameters = images.draw(count, torch.Generator()).to(DEVICE)
     for rows, own in zip(order.split(BATCH), parameters.split(BATCH), strict=True):
-        augment.augment(images, rows, own)
+        images.batch(rows, own)
 
 
 def our_training(count: int, compile: bool = False) -> None:
