@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from models.vectors import CHUNK
 
 from . import decoding, sheets
 from .raw import Items, Raw
 
-CHUNK = 1 << 22  # numbers at a time
 ITEMS = "items.csv"
 
 

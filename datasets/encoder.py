@@ -80,12 +80,17 @@ class Encoder:
         network, dimension = self._network()
         network = fold_batchnorm(network).to(self.device, memory_format=torch.channels_last)
         found, size = np.empty((len(images), dimension), np.float16), BATCH[self.device.type]
-        with _tf32(self.device), tqdm(total=len(images), **_BAR) as bar:
-            for begin in range(0, len(images), size):
-                part = np.array(images[begin : begin + size])
-                batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
-                found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
-                bar.update(len(part))
+        precision = torch.get_float32_matmul_precision()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions always may
+        bar = tqdm(desc="encoding", total=len(images), unit=" images", leave=False, disable=None)
+        for begin in range(0, len(images), size):
+            part = np.array(images[begin : begin + size])
+            batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
+            found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
+            bar.update(len(part))
+        bar.close()
+        torch.set_float32_matmul_precision(precision)
         if not np.isfinite(found).all():
             raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")
         return found
@@ -119,18 +124,3 @@ class Encoder:
         dimension = network.get_submodule(linear[-1]).in_features
         setattr(network.get_submodule(parent), child, nn.Identity())
         return network.eval(), dimension
-
-
-_BAR = dict(desc="encoding", unit=" images", leave=False, disable=None)
-
-
-@contextlib.contextmanager
-def _tf32(device: torch.device):
-    """Inside, matrix products on CUDA may use TF32, as convolutions always may."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

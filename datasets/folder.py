@@ -73,7 +73,7 @@ def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
     gives. Others than sheets and pages are counted in a note. Raises OSError.
     """
     found = decoding.walk(data_dir)
-    images = decoding.pictures(name for name in found if found[name])
+    images = decoding.image_names(name for name in found if found[name])
     others = sorted(found.keys() - images)
     if ignored := sum(not name.endswith((".csv", ".html")) for name in others):
         tell(f"note: ignored {ignored} files in {data_dir} that are not images")

@@ -83,7 +83,7 @@ def _decode(
     read gives the content of a file. Training images are ordered by class, and all by the numbers
     in their names. Raises UserError if there are none of a kind, or if one has no known class.
     """
-    names = [name for name in decoding.pictures(files) if name.startswith(("train/", "val/"))]
+    names = [name for name in decoding.image_names(files) if name.startswith(("train/", "val/"))]
     classes = {name.split("/")[1] for name in names if re.match("train/.*/", name)}
     annotated = {}
     if ANNOTATIONS in files:

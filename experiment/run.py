@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
+from datasets.files import write_whole
 from errors import Stopped, tell
 from models import Network, Objective, parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
@@ -73,7 +74,7 @@ class Run:
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()
-        if state := parallel.from_rank0(self._open):
+        if state := parallel.from_rank0(lambda: self.files.claim(args, self.experiment)):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
@@ -196,8 +197,8 @@ class Run:
         if "labeled_targets" in reads:
             outputs["labeled_targets"] = data.targets[split.labeled.to(self.device)]
         if "precisions" in reads:
-            known = sorted(self.log["Precision"].items())
-            outputs["precisions"] = tuple(value for q, value in known if q < self.round)
+            measured = sorted(self.log["Precision"].items())
+            outputs["precisions"] = tuple(value for q, value in measured if q < self.round)
         if "objective" in reads:
             outputs["objective"] = self.objectives["detector" if self.detector else "classifier"]
         return PoolOutputs(len(split.pool), data.num_known, **outputs)
@@ -233,17 +234,6 @@ class Run:
         """The generator of this round's draws for a purpose."""
         return generator(self.args.seed, self.round, *purpose)
 
-    def _open(self) -> dict | None:
-        """Claim the run's files; return the state in the checkpoint to go on from, if any."""
-        with torch.device("meta"):  # sizes without the memory
-            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
-            network = models.build(*made, self.args.feat_dim, dropout=0)
-        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
-        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
-        need = 2 * 12 + 8 * self.args.save_model
-        need *= sum(parameter.numel() for parameter in network.parameters())
-        return self.files.open(self.args, need, self.experiment)
-
     def begin(self) -> None:
         """Write the first checkpoint, open the journal, and print what will run."""
         args, data, files = self.args, self.data, self.files
@@ -264,7 +254,7 @@ class Run:
         files.tell(f"{training}, {where}")
         files.tell(f"{files.path}.pkl: {self.round} rounds done")
         if data.left_out:
-            files.tell(f"{len(data.left_out)} unreadable images are skipped; see {files.log}")
+            files.tell(f"{len(data.left_out)} unreadable images are skipped; see {files.journal}")
         for name, fault in data.left_out.items():
             files.note(f"skipped: {name}: {fault}")
         files.tell(*COLUMNS)
@@ -283,7 +273,7 @@ class Run:
         content |= self.data.preprocessing
         for name, state in self.networks.items():
             content |= {name: state["network"], f"{name}_objective": state["objective"]}
-        self.files.save_model(content)
+        write_whole(f"{self.files.path}.model.pt", partial(torch.save, content))
 
     # What an annotator's run does in another way.
 
