@@ -29,8 +29,6 @@ from experiment.run import Run
 from models import parallel
 from query_strategies import STRATEGIES
 
-# ---- arguments ----------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit status 2, without the usage."""
@@ -77,9 +75,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     Two more attributes: `settings`, how the arguments that lead away from the published setting
     show in the run's name, and `given`, the names of all arguments that are not the default.
     """
-    strategies = [*STRATEGIES]
-    if not detector:
-        strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
+    baselines = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
+    strategies = [*STRATEGIES] if detector else baselines
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--dataset", choices=DATASETS, default="digits")
     early.add_argument("--encoder", type=encoder)
@@ -142,11 +139,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(training, "--gamma", POSITIVE, "X", "factor of each decay")
     add(training, "--weight-cent", WEIGHT, "X", "weight of the center loss")
     either(experiment, "--drop-unknown", "queried unknown images leave the pool", False)
-    switch(
-        experiment,
-        "--augment-pool",
-        "score the pool with the training augmentation, as the released code",
-    )
+    text = "score the pool with the training augmentation, as the released code"
+    switch(experiment, "--augment-pool", text)
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
     add(which, "--known", partial(str.split, sep=","), "A,B", "the known classes, by name")
@@ -240,9 +234,6 @@ def _show(value: object) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 
 
-# ---- errors -----------------------------------------------------------------------
-
-
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; turn an error that the user can fix into one line and exit status 2.
 
@@ -284,9 +275,6 @@ def run_script(main: Callable[[], None]) -> None:
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
-
-
-# ---- start ----------------------------------------------------------------------------------
 
 
 def start(description: str, detector: bool) -> Run:

@@ -37,7 +37,6 @@ class Dataset(NamedTuple):
     std: tuple = ()
     flip: bool = True  # whether augmentation mirrors images
     class_ids: Callable | None = None  # data_dir -> classes by id; None: in the data set's order
-    own: bool = False  # whether it is the user's; then a person may be the oracle
 
 
 _PUBLISHED = dict(query_batch=1500, max_epoch=100, model="resnet18", feat_dim=2)
@@ -75,17 +74,13 @@ DATASETS = {
         | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02),
     ),
     "folder": Dataset(
-        folder.load,
-        **_IMAGENET,
-        defaults=_SMALL | dict(init_percent=8, image_size=64),
-        own=True,
+        folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
     ),
     "embeddings": Dataset(
-        embeddings.load,
-        defaults=_SMALL | MLP_DEFAULTS | dict(init_percent=8, batch_size=128),
-        own=True,
+        embeddings.load, defaults=_SMALL | MLP_DEFAULTS | dict(init_percent=8, batch_size=128)
     ),
 }
+OWN = ("folder", "embeddings")  # data of the user's, in which a person may be the oracle
 
 
 class KnownClasses(NamedTuple):
@@ -142,7 +137,7 @@ def create(
     coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
     size = coder.fit if coder else image_size or 64
     try:
-        if DATASETS[name].own and (data_dir / "labels.csv").is_file():
+        if name in OWN and (data_dir / "labels.csv").is_file():
             raw, fields = _annotated(name, data_dir, size, coder, sheet_encoding)
         else:
             raw, fields = _simulated(name, data_dir, size, coder, which or KnownClasses())
@@ -185,7 +180,7 @@ def _simulated(
     """Fully labeled data, and the further fields of OpenSetData by name."""
     dataset = DATASETS[name]
     raw = folder.load(data_dir, size) if name == "folder" else dataset.load(data_dir)
-    if dataset.own:
+    if name in OWN:
         name = folder.log_name(data_dir, raw.digest[:8])
     which = which._replace(count=which.count or dataset.defaults.get("known_class"))
     ids = dataset.class_ids(data_dir) if which.order and dataset.class_ids else raw.classes

@@ -57,9 +57,6 @@ class Encoder:
         """
         digest = embeddings.digest(np.array([*images.shape, self.fitted]), images)
         file = self.folder / f".lfosa-{self.name}-{self.weights.name}-{digest[:16]}.npy"
-        if not self.folder.is_dir():
-            tell(f"note: there is no folder {self.folder}: the embeddings stay in memory")
-            return self.apply(images)
         with one_at_a_time(self.folder / ".lfosa-encoder.lock"):
             with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
                 return embeddings.read_vectors(file, len(images), "the data")

@@ -11,9 +11,7 @@ WIDTH = 256  # units of the hidden layer
 class MLP(Network):
     """Vectors (B, D) -> features (B, F) and logits (B, C); feat_dim, dropout: see Network."""
 
-    def __init__(
-        self, dimension: int, num_classes: int, feat_dim: int = 0, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, dimension: int, num_classes: int, feat_dim: int, dropout: float) -> None:
         super().__init__()
         self.hidden = nn.Linear(dimension, WIDTH)
         self.add_head(WIDTH, num_classes, feat_dim, dropout)

@@ -4,7 +4,7 @@ Neural Networks: A Core-Set Approach", ICLR 2018, algorithm 1)."""
 import torch
 from torch import Tensor
 
-from .outputs import BLOCK, PoolOutputs, distance_to, top_k
+from .outputs import BLOCK, PoolOutputs, distances, top_k
 
 READS = ("features", "labeled_features")  # fields of PoolOutputs
 
@@ -22,6 +22,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     chosen = []
     for _ in range(count):
         chosen.append(int(top_k(nearest, 1, generator)))
-        nearest = torch.minimum(nearest, distance_to(outputs.features, chosen[-1]))
+        to_it = distances(outputs.features, outputs.features[chosen[-1:]])[:, 0]
+        nearest = torch.minimum(nearest, to_it)
         nearest[chosen[-1]] = -1  # below every distance: no image is chosen twice
     return torch.tensor(chosen)

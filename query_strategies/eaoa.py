@@ -34,9 +34,6 @@ FIRST_K = 5  # candidates for each image of the query, in round 0
 HIGH_PRECISION, LOW_PRECISION = 0.65, 0.55  # of a query, after which there is one more, or less
 
 
-# ---- training -----------------------------------------------------------------------------------
-
-
 class EnergyObjective(Objective):
     """The cross-entropy plus WEIGHT times the energy loss, as soon as there are invalid images.
 
@@ -74,9 +71,6 @@ def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:
     above = (energy - KNOWN_ENERGY).clamp(min=0).square()
     below = (INVALID_ENERGY - energy).clamp(min=0).square()
     return mean_where(targets < K, above) + mean_where(targets == K, below)
-
-
-# ---- query --------------------------------------------------------------------------------------
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:

@@ -26,9 +26,6 @@ PULL_WEIGHT = 0.1  # of the distance to the own center, in the cluster loss
 EPSILON = 1e-8  # added to probabilities before the logarithm
 
 
-# ---- training -----------------------------------------------------------------------------------
-
-
 class OpenSetObjective(Objective):
     """The cross-entropy, the open-set loss of K binary classifiers (the heads) on the features, and
     once there are invalid images, CLUSTER_WEIGHT times the cluster loss of these.
@@ -118,9 +115,6 @@ def cluster_loss(features: Tensor, clusters: Tensor, centers: Tensor) -> Tensor:
     # The own center's term of the sum is exp(0), the 1 of the formula.
     losses = PULL_WEIGHT * own[:, 0] + (own - to_centers).logsumexp(1)
     return losses.sum() / max(len(features), 1)
-
-
-# ---- query --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -52,8 +52,3 @@ def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def distances(rows: Tensor, centers: Tensor) -> Tensor:
     """Euclidean distances: (n, F), (C, F) -> (n, C); exactly 0 between equal rows."""
     return torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def distance_to(rows: Tensor, i: int) -> Tensor:
-    """Euclidean distance of each row to row i: (n, F) -> (n,)."""
-    return distances(rows, rows[i : i + 1])[:, 0]

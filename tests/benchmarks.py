@@ -237,7 +237,7 @@ def random_outputs(strategy: ModuleType, count: int) -> PoolOutputs:
     if "precisions" in reads:
         fields["precisions"] = (0.5, 0.7)
     if "objective" in reads:
-        network = models.build("mlp", 8, K + 1, width, 0.0)
+        network = models.MLP(8, K + 1, width, 0.0)
         invalid = torch.arange(10_000)
         made = strategy.objective(network, None, invalid, lambda *_: rng)
         made.before_epoch(lambda index: torch.randn(len(index), width, generator=rng))
