@@ -223,9 +223,8 @@ def _class_order(
         listed = [ids[int(i)] for i in which.order.split() if int(i) < len(ids)]
         first = np.array([classes.index(name) for name in listed if name in classes])
         if len(first) < min(K, count):
-            raise UserError(
-                f"--known-class {K}: the protocol lists {len(first)} classes of the data"
-            )
+            what = f"the protocol lists {len(first)} classes of the data"
+            raise UserError(f"--known-class {K}: {what}")
         order = np.concatenate([first, np.setdiff1d(order, first)])
     if not 0 < K < count:
         flag = f"--known-class {K}" if which.names is None else f"--known {','.join(which.names)}"

@@ -80,13 +80,11 @@ class Encoder:
         precision = torch.get_float32_matmul_precision()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions always may
-        bar = tqdm(desc="encoding", total=len(images), unit=" images", leave=False, disable=None)
-        for begin in range(0, len(images), size):
+        begins = range(0, len(images), size)
+        for begin in tqdm(begins, "encoding", unit=" batches", leave=False, disable=None):
             part = np.array(images[begin : begin + size])
             batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
             found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
-            bar.update(len(part))
-        bar.close()
         torch.set_float32_matmul_precision(precision)
         if not np.isfinite(found).all():
             raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")

@@ -50,9 +50,8 @@ def load(data_dir: Path, size: int | Fit = 64) -> Raw:
         raise UserError(f"{data_dir} needs images in train/CLASS/ and test/CLASS/, or labels.csv")
     if others := len(files) - len(train) - len(test):
         tell(f"note: {others} images in {data_dir} are in no train/CLASS/ or test/CLASS/")
-    return decoding.by_class_folder(
-        read(data_dir, {name: files[name] for name in train + test}, size)
-    )
+    chosen = {name: files[name] for name in train + test}
+    return decoding.by_class_folder(read(data_dir, chosen, size))
 
 
 def items(data_dir: Path, size: int | Fit) -> Items:

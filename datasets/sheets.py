@@ -137,11 +137,8 @@ def read_cells(
     sheet: str, content: bytes, encoding: str | None = None
 ) -> tuple[list[list[str]], str]:
     """The cells of a sheet, row by row, the header first; and the encoding, if it is a guess."""
-    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        unicode = "utf-16"
-    else:  # without a mark, the zero bytes of an ASCII header tell
-        unicode = {b"\0": "utf-16-be"}.get(content[:1], "utf-8-sig")
-        unicode = {b"\0": "utf-16-le"}.get(content[1:2], unicode)
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    unicode = "utf-16" if utf16 else "utf-8-sig"
     # Latin-1 reads what cp1252 lacks, so that no two names become one.
     for name in (unicode, *([encoding] if encoding else ["cp1252", "latin-1"])):
         with contextlib.suppress(UnicodeError, LookupError):
@@ -166,9 +163,8 @@ def _rows(sheet: str, content: bytes, encoding: str) -> tuple[list[dict[str, str
     (header, *rows), guess = read_cells(sheet, content, encoding)
     header = [_fold(cell) for cell in header]
     if not header.count("file") == header.count("label") == 1:
-        raise UserError(
-            f"{sheet}, row 1: name one column file and one column label, with , or ; between"
-        )
+        what = "name one column file and one column label, with , or ; between"
+        raise UserError(f"{sheet}, row 1: {what}")
     return [dict(zip(header, cells, strict=False)) for cells in rows], guess
 
 

@@ -40,9 +40,8 @@ def load(data_dir: Path) -> Raw:
     """
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
-        return decoding.by_class_folder(
-            read_published(data_dir, PUBLISHED, partial(_read, cache), cache)
-        )
+        decoded = read_published(data_dir, PUBLISHED, partial(_read, cache), cache)
+    return decoding.by_class_folder(decoded)
 
 
 def class_ids(data_dir: Path) -> list[str]:

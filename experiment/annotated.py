@@ -9,7 +9,7 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
-from datasets.page import next_step, write_page
+from datasets.page import write_page
 from datasets.sheets import as_cells, write_query, write_table
 from errors import UserError, tell
 from models import Network, parallel
@@ -63,10 +63,10 @@ class AnnotatedRun(Run):
         if len(self.split.pool):
             sheet = self.data.folder / f"query_{self.round}.csv"
             if self.late:
-                self.files.tell(
-                    f"answers or images changed after {sheet} was written: used in the next round"
-                )
-            self.files.tell(next_step(sheet))
+                late = f"answers or images changed after {sheet} was written"
+                self.files.tell(f"{late}: used in the next round")
+            page, fill = sheet.with_suffix(".html"), f"fill in the column label of {sheet}"
+            self.files.tell(f"open {page}, or {fill}, then run the same command again")
         else:
             self.finish()
 

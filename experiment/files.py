@@ -48,8 +48,7 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
 def versions() -> str:
     """The versions of Python, of the packages and of this project that a result depends on."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-    found = [f"python {platform.python_version()}"]
-    found += [f"{name} {version(name)}" for name in packages]
+    found = [f"python {platform.python_version()}", *(f"{x} {version(x)}" for x in packages)]
     with contextlib.suppress(OSError):  # no git
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -90,9 +89,7 @@ class RunFiles:
         if there and not (args.resume or args.overwrite):
             raise UserError(f"{there[0]} exists: add --resume to go on, or --overwrite")
         if there == [log] and args.resume:
-            raise UserError(
-                f"{log} exists, but its checkpoint {checkpoint} is missing: move it elsewhere"
-            )
+            raise UserError(f"{log} exists without its checkpoint {checkpoint}: move it elsewhere")
         return load_checkpoint(checkpoint, experiment) if there and args.resume else None
 
     def begin(self, header: str, tensorboard: bool, anew: bool) -> None:

@@ -1,6 +1,5 @@
 """A run of one of the two scripts: its rounds, its networks, its measures."""
 
-import dataclasses
 import hashlib
 import shlex
 import signal
@@ -53,7 +52,7 @@ class Run:
     ) -> None:
         self.args, self.device, self.data, self.detector = args, device, data, detector
         self.strategy = STRATEGIES[args.query_strategy]
-        names = [field.name for field in dataclasses.fields(models.Settings)]
+        names = vars(models.Settings())
         self.settings = models.Settings(**{name: getattr(args, name) for name in names})
         self.split = data.split  # an annotator's, or None
         if self.split is None:
@@ -166,8 +165,6 @@ class Run:
         network: the one that it asks, LfOSA's detector or the baselines' classifier.
         """
         outputs = self._predict(split, network, classifier or network)
-        if hasattr(self.strategy, "describe"):
-            self.files.note(self.strategy.describe(outputs))
         name, count = self.args.query_strategy, self.args.query_batch
         draws = self.generator("query", name)
         return split.pool[parallel.from_rank0(lambda: select(name, outputs, count, draws))]
@@ -177,9 +174,8 @@ class Run:
         reads, data, outputs = self.strategy.READS, self.data, {}
         masks = parameters = None
         if "mc_logits" in reads:
-            masks = models.dropout_masks(
-                network, self.settings.mc_samples, self.generator("dropout")
-            )
+            draws = self.generator("dropout")
+            masks = models.dropout_masks(network, self.settings.mc_samples, draws)
         if self.args.augment_pool and reads:
             parameters = data.train.draw(len(split.pool), self.generator("augment-pool"))
         for prefix, asked, indices, augmented in (

@@ -25,15 +25,11 @@ class Images(NamedTuple):
     padding: int  # pixels around the image for the random crop
     flip: bool  # whether half of the images are mirrored
     degrees: float  # largest angle of the rotation, to either side
+    dimension = 3  # channels, the size of a network's input
 
     @property
     def device(self) -> torch.device:
         return self.pixels.device
-
-    @property
-    def dimension(self) -> int:
-        """Channels, the size of a network's input."""
-        return 3
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU.

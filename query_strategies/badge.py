@@ -48,9 +48,8 @@ def squared_distances(
 
     By e f' - g h' = ((e - g)(f + h)' + (e + g)(f - h)') / 2: equal images are exactly 0 apart.
     """
-    e_minus, f_minus = (
-        distances(rows, rows[[i]])[:, 0].double().square() for rows in (errors, features)
-    )
+    e_minus = distances(errors, errors[[i]])[:, 0].double().square()
+    f_minus = distances(features, features[[i]])[:, 0].double().square()
     e_plus = 2 * (e_norms + e_norms[i]) - e_minus
     f_plus = 2 * (f_norms + f_norms[i]) - f_minus
     cross = 2 * (e_norms - e_norms[i]) * (f_norms - f_norms[i])
