@@ -212,11 +212,10 @@ def _class_order(
     count = len(classes)
     order, K = np.arange(count), which.count or count // 2
     if which.names is not None:
-        which = which._replace(names=folder.class_names(which.names, classes))
-        for name in set(which.names) - set(classes):
+        names = folder.class_names(which.names, classes)
+        for name in set(names) - set(classes):
             raise UserError(f"--known {name}: the classes are {', '.join(classes)}")
-        order = np.argsort(~np.isin(classes, which.names), kind="stable")
-        K = len(set(which.names))
+        order, K = np.argsort(~np.isin(classes, names), kind="stable"), len(set(names))
     elif which.seed is not None:
         order = np.random.default_rng(which.seed).permutation(count)
     elif which.order:

@@ -3,8 +3,7 @@
 import torch
 
 from . import resnet
-from .mlp import MLP
-from .network import Network
+from .network import MLP, Network
 from .objective import CenterLoss, Objective
 from .resnet import ResNet
 from .training import AMP, Settings, dropout_masks, evaluate, predict, train

@@ -71,9 +71,8 @@ def to_device(
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     # A whole row of pixels as the innermost dimension: 10 times as fast on a CPU as 3 channels.
     scale, shift = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
-    pixels = torch.from_numpy(pixels).to(device)
     return Images(
-        pixels=pixels,
+        pixels=torch.from_numpy(pixels).to(device),
         height=height,
         width=width,
         scale=scale.to(device),

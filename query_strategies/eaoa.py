@@ -117,8 +117,7 @@ def log_uncertainty(logits: Tensor) -> Tensor:
 
 
 def free_energy(known: Tensor, unknown: Tensor | None) -> Tensor:
-    """-logsumexp(known (n, K)) + log(1 + exp(unknown (n,))), without the latter for None: (n,)
-    float64."""
+    """-logsumexp(known (n, K)), plus log(1 + exp(unknown (n,))) if given: (n,) float64."""
     energy = -known.double().logsumexp(1)
     return energy if unknown is None else energy + softplus(unknown.double())
 
