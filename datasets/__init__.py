@@ -135,7 +135,7 @@ def create(
     if image_size and name != "folder":
         raise UserError("--image-size works only with --dataset folder")
     coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
-    size = coder.fit if coder else image_size or 64
+    size = coder.fit if coder else image_size or 64  # of a folder's images
     try:
         if name in OWN and (data_dir / "labels.csv").is_file():
             raw, fields = _annotated(name, data_dir, size, coder, sheet_encoding)
@@ -167,10 +167,8 @@ def _annotated(
     name: str, data_dir: Path, size: int | Fit, coder: Encoder | None, encoding: str | None
 ) -> tuple[Raw, dict]:
     """Data that a person labels, and the further fields of OpenSetData by name."""
-    if name == "folder":
-        items = folder.items(data_dir, size)
-    else:
-        items = embeddings.items(data_dir, encoding)
+    is_folder = name == "folder"
+    items = folder.items(data_dir, size) if is_folder else embeddings.items(data_dir, encoding)
     return annotator.load(items, encoding, coder.encode if coder else None)
 
 
@@ -179,7 +177,7 @@ def _simulated(
 ) -> tuple[Raw, dict]:
     """Fully labeled data, and the further fields of OpenSetData by name."""
     dataset = DATASETS[name]
-    raw = folder.load(data_dir, size) if name == "folder" else dataset.load(data_dir)
+    raw = dataset.load(data_dir, size) if name == "folder" else dataset.load(data_dir)
     if name in OWN:
         name = folder.log_name(data_dir, raw.digest[:8])
     which = which._replace(count=which.count or dataset.defaults.get("known_class"))
@@ -207,7 +205,7 @@ def _class_order(
     """Positions in `classes`, those of the known ones first, and K.
 
     ids: the classes by the ids of `which.order`. Raises UserError if no class would be unknown, or
-    if there is no such class.
+    if `which` names one that there is not.
     """
     count = len(classes)
     order, K = np.arange(count), which.count or count // 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import functional
 from tqdm import tqdm
 
@@ -84,18 +84,16 @@ class Encoder:
         for begin in tqdm(begins, "encoding", unit=" batches", leave=False, disable=None):
             part = np.array(images[begin : begin + size])
             batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
-            found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
+            if self.fitted:  # then this is left of the weights' own preprocessing
+                batch = functional.convert_image_dtype(batch, torch.float32)
+                batch = functional.normalize(batch, self.transforms.mean, self.transforms.std)
+            else:
+                batch = self.transforms(batch)
+            found[begin : begin + size] = network(batch).half().cpu().numpy()
         torch.set_float32_matmul_precision(precision)
         if not np.isfinite(found).all():
             raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")
         return found
-
-    def _input(self, batch: Tensor) -> Tensor:
-        """The weights' own preprocessing of (B, 3, H, W) uint8 images, or what is left of it."""
-        if not self.fitted:
-            return self.transforms(batch)
-        scaled = functional.convert_image_dtype(batch, torch.float32)
-        return functional.normalize(scaled, self.transforms.mean, self.transforms.std)
 
     def _network(self) -> tuple[nn.Module, int]:
         """The network without its last linear layer, for inference, and its D."""

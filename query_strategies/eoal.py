@@ -65,8 +65,7 @@ class OpenSetObjective(Objective):
             features = features_of(self.invalid.cpu())
             self.clusters = clusters(features, self.K)
             members = F.one_hot(self.clusters).T.double()  # (C, u)
-            means = members @ features.double() / members.sum(1, keepdim=True)
-            self.centers = means.float()
+            self.centers = (members @ features.double() / members.sum(1, keepdim=True)).float()
 
     def heads(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, 2, K): logits of "is not class c" and of "is class c"."""
