@@ -118,7 +118,7 @@ def as_cells(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[li
 
 
 def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a sheet: UTF-8 with a byte order mark, because Excel would take it for cp1252."""
+    """Write or replace a table: UTF-8 with a byte order mark, or Excel would take it for cp1252."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(as_cells(header, rows))
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))

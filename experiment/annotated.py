@@ -63,8 +63,8 @@ class AnnotatedRun(Run):
         if len(self.split.pool):
             sheet = self.data.folder / f"query_{self.round}.csv"
             if self.late:
-                late = f"answers or images changed after {sheet} was written"
-                self.files.tell(f"{late}: used in the next round")
+                what = f"answers or images changed after {sheet} was written"
+                self.files.tell(f"{what}: used in the next round")
             page, fill = sheet.with_suffix(".html"), f"fill in the column label of {sheet}"
             self.files.tell(f"open {page}, or {fill}, then run the same command again")
         else:
