@@ -107,6 +107,10 @@ class RunFiles:
         self.record("header", header, 0)
         self.note(header)
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it was never opened; the disk is full
+            self.events.close()
+
     def save(self, state: dict, log: dict, queries: list[Tensor] | None) -> None:
         """Write the checkpoint, then the log and the queries, which follow from it."""
         write_whole(f"{self.path}.pt", partial(torch.save, state))

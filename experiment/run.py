@@ -236,8 +236,7 @@ class Run:
         self.save()
         if parallel.rank() > 0:
             return
-        cuda = self.device.type == "cuda"
-        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         where += f", {torch.get_num_threads()} threads"
         header = f"{vars(args)}, {versions()}, {where}"
         files.begin(header, not args.no_tensorboard, args.overwrite)

@@ -30,10 +30,8 @@ def create(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        if name == "mlp":
-            network = MLP(dimension, num_classes, feat_dim, dropout)
-        else:
-            network = ResNet(name, num_classes, feat_dim, dropout)
+        head = num_classes, feat_dim, dropout
+        network = MLP(dimension, *head) if name == "mlp" else ResNet(name, *head)
     if device.type == "cuda" and torch.distributed.is_initialized():
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)
