@@ -95,10 +95,26 @@ def parse_name(name: str) -> Run:
     return Run(**given | {"folder": "", "traits": tuple(traits), "seed": int(part["seed"])})
 
 
+class NumberType:
+    """Stands in for numpy.dtype, through which a pickle could read any memory."""
+
+    def __init__(self, code: str, *_: object):
+        self.code = code  # such as "f8"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1] + self.code  # the byte order comes first
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Loads containers, strings and numbers, and nothing that runs code."""
+    """Loads containers, strings, Python's and NumPy's numbers, and nothing that runs code."""
 
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("numpy", "dtype"):
+            return NumberType
+        if module in ("numpy._core.multiarray", "numpy.core.multiarray") and name == "scalar":
+            return lambda kind, data: np.frombuffer(data, kind.code).item()
+        if (module, name) == ("_codecs", "encode"):  # the scalar's bytes in protocols 0 to 2
+            return lambda text, _: text.encode("latin1")
         raise ValueError(f"refused, it would run {module}.{name}")
 
 
@@ -117,6 +133,9 @@ def load_log(path: Path) -> Log:
                 raise ValueError(f"{key}[{q!r}] = {value!r:.20} is no number from 0 to {limit}")
     if not any(log.values()):
         raise ValueError("no round is done yet")
+    for q, accuracy in log["Acc"].items():
+        if abs(accuracy + log["Err"].get(q, 0) - 100) > 0.1:  # both may be rounded
+            raise ValueError(f"Acc[{q}] + Err[{q}] is not 100: they must be in percent")
     return log
 
 

@@ -107,9 +107,12 @@ def test_a_pickle_that_calls_something_is_skipped_and_calls_nothing(tmp_path, ca
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_every_protocol_of_pickle_is_read(tmp_path, protocol):
-    write(tmp_path, "random", pickle.dumps(make_log(), protocol))
-    assert [*plot.read_logs([str(tmp_path)]).values()] == [make_log()]
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32])
+def test_python_and_numpy_numbers_are_read(tmp_path, kind, protocol):
+    log = {key: {np.int64(q): kind(v) for q, v in log.items()} for key, log in make_log().items()}
+    write(tmp_path, "random", pickle.dumps(log, protocol))
+    (read,) = plot.read_logs([str(tmp_path)]).values()
+    assert read == log and type(read["Acc"][0]) is float
 
 
 SOUND = make_log()
@@ -123,6 +126,7 @@ UNSOUND = {
     "text as round": SOUND | {"Recall": {"0": 0.1, "1": 0.2}},
     "NumPy array": SOUND | {"Recall": {0: 0.1, 1: np.array([0.2])}},
     "precision in percent": SOUND | {"Precision": {0: 10.0, 1: 20.0}},
+    "accuracy as fraction": SOUND | {"Acc": {0: 0.7, 1: 0.8}, "Err": {0: 0.3, 1: 0.2}},
 }
 
 
