@@ -137,8 +137,11 @@ def read_cells(
     sheet: str, content: bytes, encoding: str | None = None
 ) -> tuple[list[list[str]], str]:
     """The cells of a sheet, row by row, the header first; and the encoding, if it is a guess."""
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    unicode = "utf-16" if utf16 else "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        unicode = "utf-16"
+    else:  # without a mark, the zero bytes of an ASCII header tell
+        unicode = {b"\0": "utf-16-be"}.get(content[:1], "utf-8-sig")
+        unicode = {b"\0": "utf-16-le"}.get(content[1:2], unicode)
     # Latin-1 reads what cp1252 lacks, so that no two names become one.
     for name in (unicode, *([encoding] if encoding else ["cp1252", "latin-1"])):
         with contextlib.suppress(UnicodeError, LookupError):

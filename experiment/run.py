@@ -165,6 +165,8 @@ class Run:
         network: the one that it asks, LfOSA's detector or the baselines' classifier.
         """
         outputs = self._predict(split, network, classifier or network)
+        if hasattr(self.strategy, "describe"):
+            self.files.note(self.strategy.describe(outputs))
         name, count = self.args.query_strategy, self.args.query_batch
         draws = self.generator("query", name)
         return split.pool[parallel.from_rank0(lambda: select(name, outputs, count, draws))]

@@ -98,6 +98,12 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     return torch.cat([chosen, top_k(others, count - len(chosen), generator)])
 
 
+def describe(outputs: PoolOutputs) -> str:
+    """A line for the journal: k, and the precisions that it follows from."""
+    earlier = ", ".join(f"{precision:.3f}" for precision in outputs.precisions)
+    return f"EAOA: k = {adapted_k(outputs.precisions)} after precisions {earlier or '(none)'}"
+
+
 def adapted_k(precisions: Sequence[float]) -> int:
     """Candidates for each image of the query, after queries with these precisions, in [0, 1]."""
     k = FIRST_K
