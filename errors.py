@@ -18,7 +18,6 @@ class Stopped(Exception):
     """
 
     def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}")
         self.signal = signal
 
 

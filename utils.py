@@ -29,8 +29,6 @@ from experiment.run import Run
 from models import parallel
 from query_strategies import STRATEGIES
 
-# ---- arguments ----------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit status 2, without the usage."""
@@ -51,14 +49,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     convert.__name__ = kind.__name__  # argparse names it where `kind` raises ValueError
     return convert
-
-
-def folder(text: str) -> str:
-    """argparse type: a path, with the home folder instead of a leading `~`."""
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError as error:
-        raise ArgumentTypeError(f"{error} Give the whole path.") from None
 
 
 def encoder(text: str) -> str:
@@ -85,9 +75,8 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     Two more attributes: `settings`, how the arguments that lead away from the published setting
     show in the run's name, and `given`, the names of all arguments that are not the default.
     """
-    strategies = [*STRATEGIES]
-    if not detector:
-        strategies = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
+    baselines = [x for x in STRATEGIES if not getattr(STRATEGIES[x], "NEEDS_DETECTOR", False)]
+    strategies = [*STRATEGIES] if detector else baselines
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--dataset", choices=DATASETS, default="digits")
     early.add_argument("--encoder", type=encoder)
@@ -131,7 +120,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     experiment = parser.add_argument_group("experiment")
     training = parser.add_argument_group("network and training")
     add(experiment, "--dataset", [*DATASETS], "NAME", "")
-    add(experiment, "--data-dir", folder, "DIR", "folder of the data sets", "~/data")
+    add(experiment, "--data-dir", os.path.expanduser, "DIR", "folder of the data sets", "~/data")
     add(experiment, "--query-strategy", strategies, "NAME", "")
     add(experiment, "--known-class", COUNT, "K", "number of known classes")
     add(experiment, "--init-percent", PERCENT, "P", "percent of known images labeled at first")
@@ -150,11 +139,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(training, "--gamma", POSITIVE, "X", "factor of each decay")
     add(training, "--weight-cent", WEIGHT, "X", "weight of the center loss")
     either(experiment, "--drop-unknown", "queried unknown images leave the pool", False)
-    switch(
-        experiment,
-        "--augment-pool",
-        "score the pool with the training augmentation, as the released code",
-    )
+    switch(experiment, "--augment-pool", "score the pool augmented, as the released code")
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
     add(which, "--known", partial(str.split, sep=","), "A,B", "the known classes, by name")
@@ -176,12 +161,11 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     switch(group, "--compile", "compile the networks with torch.compile")
     switch(group, "--deterministic", "only deterministic kernels on CUDA")
     group = parser.add_argument_group("files")
-    add(group, "--save-dir", folder, "DIR", "folder of logs and checkpoints", "log_AL")
+    add(group, "--save-dir", os.path.expanduser, "DIR", "folder of logs and checkpoints", "log_AL/")
     switch(group, "--save-model", "keep the last round's networks in NAME.model.pt")
     switch(group, "--no-tensorboard", "write no TensorBoard files")
     add(group, "--checkpoint-seconds", WEIGHT, "S", "seconds between checkpoints in training", 60)
-    text = "encoding of sheets that are neither UTF-8 nor UTF-16, such as gbk"
-    add(group, "--sheet-encoding", str, "NAME", text)
+    add(group, "--sheet-encoding", str, "NAME", "of sheets not in UTF-8 or UTF-16, such as gbk")
     one = group.add_mutually_exclusive_group()
     switch(one, "--resume", "go on from the checkpoint, if there is one")
     switch(one, "--overwrite", "replace the files of an earlier run")
@@ -199,7 +183,7 @@ def _epilog(dataset: str) -> Iterator[str]:
     """The end of --help: whose defaults it shows, and what each protocol sets."""
     yield f"Defaults of {dataset}; see also --dataset cifar100 --help. Flags override a protocol:"
     for name, protocol in PROTOCOLS.items():
-        words = ["the known classes of its paper"] * bool(protocol.class_order)
+        words = ["the known classes of its paper"] if protocol.class_order else []
         for key, value in protocol.defaults.items():
             flag = ("no-" if value is False else "") + key.replace("_", "-")
             words.append(f"--{flag}" + ("" if isinstance(value, bool) else f" {value}"))
@@ -226,7 +210,9 @@ def _senseless(args: Namespace) -> str:
 
 def _settings(args: Namespace, shown: list[str]) -> str:
     """The arguments that lead away from the published setting: '__flag-value_...'."""
-    idle = NAMED.split() + ["lr_cent"] * (args.weight_cent == 0)
+    idle = NAMED.split()
+    if args.weight_cent == 0:
+        idle.append("lr_cent")
     if "mc_logits" not in STRATEGIES[args.query_strategy].READS:
         idle += ["dropout", "mc_samples"]
     parts = []
@@ -234,7 +220,8 @@ def _settings(args: Namespace, shown: list[str]) -> str:
         if key not in idle:
             value = getattr(args, key)
             flag = ("no-" if value is False else "") + key.replace("_", "-")
-            flag += "-" * (isinstance(value, str) and key != "amp")  # so it is in shipped logs
+            if isinstance(value, str) and key != "amp":  # so it is in shipped logs
+                flag += "-"
             parts.append(flag if isinstance(value, bool) else f"{flag}{_show(value)}")
     return "__" + "_".join(parts) if parts else ""
 
@@ -243,9 +230,6 @@ def _show(value: object) -> str:
     if isinstance(value, list):
         return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
-
-
-# ---- errors -----------------------------------------------------------------------
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -271,11 +255,13 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as raised:
         status, error = 2, raised
     except (MemoryError, RuntimeError) as raised:
-        if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPU" in str(raised):
+        # PyTorch has no class for a lack of memory on the CPU, nor for a peer that gloo has lost.
+        cpu_is_full, peer_is_lost = "DefaultCPU" in str(raised), "gloo" in str(raised).lower()
+        if isinstance(raised, (MemoryError, torch.OutOfMemoryError)) or cpu_is_full:
             status, error = 2, "out of memory: lower --batch-size or --eval-batch-size"
         elif type(raised).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status, error = 2, f"--compile does not work here, leave it out ({raised})"
-        elif parallel.world() > 1 and parallel.lost(raised):
+        elif parallel.world() > 1 and (isinstance(raised, dist.DistError) or peer_is_lost):
             status = 1
             tell("another process has ended")  # torchrun tells which
         else:
@@ -289,9 +275,6 @@ def run_script(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-# ---- start ----------------------------------------------------------------------------------
-
-
 def start(description: str, detector: bool) -> Run:
     """Parse the command line, read the data, and begin a run or go on from its checkpoint."""
     args = parse_arguments(description, detector)
@@ -301,9 +284,9 @@ def start(description: str, detector: bool) -> Run:
         raise UserError(f"{args.query_strategy} runs in one process: leave out torchrun")
     device = parallel.setup_device(args)
     order = PROTOCOLS[args.protocol].class_order.get(args.dataset)
-    known = datasets.Known(args.known_class, args.known, args.class_seed, order)
+    which = datasets.KnownClasses(args.known_class, args.known, args.class_seed, order)
     more = ("image_size", "rotation", "sheet_encoding", "encoder")
     more = {key: vars(args)[key] for key in more}
-    data = datasets.create(args.dataset, Path(args.data_dir), device, known, **more)
+    data = datasets.create(args.dataset, Path(args.data_dir), device, which, **more)
     parallel.keep_memory(device)  # after the reading: its temporary copies went back to the system
     return (AnnotatedRun if data.sheets else Run)(args, device, data, detector)

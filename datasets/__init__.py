@@ -22,6 +22,7 @@ from models.vectors import Embeddings
 
 from . import annotator, cifar, digits, embeddings, folder, tiny_imagenet
 from .encoder import Encoder
+from .folder import Fit
 from .open_set import Split
 from .raw import Raw
 from .sheets import Sheets
@@ -70,8 +71,7 @@ DATASETS = {
         std=(0.3760,) * 3,
         flip=False,
         defaults=_SMALL
-        | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02)
-        | dict(data_dir="unused"),  # the usual one needs a home, which containers may lack
+        | dict(known_class=4, init_percent=20, query_batch=60, max_epoch=40, lr_model=0.02),
     ),
     "folder": Dataset(
         folder.load, **_IMAGENET, defaults=_SMALL | dict(init_percent=8, image_size=64)
@@ -83,7 +83,7 @@ DATASETS = {
 OWN = ("folder", "embeddings")  # data of the user's, in which a person may be the oracle
 
 
-class Known(NamedTuple):
+class KnownClasses(NamedTuple):
     """Which classes are known: those of `names`, or else the first `count` of an order."""
 
     count: int | None = None  # None: the default of the data set, of a folder half of its classes
@@ -119,7 +119,7 @@ def create(
     name: str,
     data_dir: Path,
     device: torch.device,
-    which: Known | None = None,
+    which: KnownClasses | None = None,
     image_size: int | None = None,
     rotation: bool = True,
     sheet_encoding: str | None = None,
@@ -132,49 +132,59 @@ def create(
     the images. Raises UserError if the data cannot be had, or if a run would lack an unknown class
     or images of a known one.
     """
-    dataset, own, which = DATASETS[name], name in OWN, which or Known()
     if image_size and name != "folder":
         raise UserError("--image-size works only with --dataset folder")
     coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
-    size, more = {}, {}
-    if name == "folder":
-        size = {"size": coder.fit if coder else image_size or 64}
+    size = coder.fit if coder else image_size or 64  # of a folder's images
     try:
-        if own and (data_dir / "labels.csv").is_file():
-            more = {"sheet_encoding": sheet_encoding}
-            items = folder.items(data_dir, **size) if size else embeddings.items(data_dir, **more)
-            raw, more = annotator.load(items, **more, encode=coder and coder.encode)
-            name = annotator.name(data_dir)
-            K, identity = len(raw.classes), name
+        if name in OWN and (data_dir / "labels.csv").is_file():
+            raw, fields = _annotated(name, data_dir, size, coder, sheet_encoding)
         else:
-            raw = dataset.load(data_dir, **size)
-            name = folder.log_name(data_dir, raw.digest[:8]) if own else name
-            which = which._replace(count=which.count or dataset.defaults.get("known_class"))
-            ids = dataset.class_ids(data_dir) if which.order and dataset.class_ids else raw.classes
-            raw, K, identity = _renumbered(coder.embed(raw) if coder else raw, which, ids)
-        train, test, preprocessing = _inputs(raw, dataset, rotation, device)
+            raw, fields = _simulated(name, data_dir, size, coder, which or KnownClasses())
+        train, test, preprocessing = _inputs(raw, DATASETS[name], rotation, device)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        smaller = " or lower --image-size" if size else ""
+        smaller = " or lower --image-size" if name == "folder" else ""
         raise UserError(f"the data does not fit into memory: free some{smaller}") from error
     if coder:
         preprocessing |= {"encoder": encoder, "weights": coder.weights.name}
     targets, test_targets = map(torch.from_numpy, (raw.train_labels, raw.test_labels))
     return OpenSetData(
-        name=name,
         train=train,
         targets=targets.to(device),
-        known=targets < K,
+        known=targets < fields["num_known"],
         test=test,
         test_targets=test_targets.to(device),
         classes=raw.classes,
-        num_known=K,
         preprocessing=preprocessing,
-        identity=identity,
-        **more,
+        **fields,
     )
+
+
+def _annotated(
+    name: str, data_dir: Path, size: int | Fit, coder: Encoder | None, encoding: str | None
+) -> tuple[Raw, dict]:
+    """Data that a person labels, and the further fields of OpenSetData by name."""
+    is_folder = name == "folder"
+    items = folder.items(data_dir, size) if is_folder else embeddings.items(data_dir, encoding)
+    return annotator.load(items, encoding, coder.encode if coder else None)
+
+
+def _simulated(
+    name: str, data_dir: Path, size: int | Fit, coder: Encoder | None, which: KnownClasses
+) -> tuple[Raw, dict]:
+    """Fully labeled data, and the further fields of OpenSetData by name."""
+    dataset = DATASETS[name]
+    raw = dataset.load(data_dir, size) if name == "folder" else dataset.load(data_dir)
+    if name in OWN:
+        name = folder.log_name(data_dir, raw.digest[:8])
+    which = which._replace(count=which.count or dataset.defaults.get("known_class"))
+    ids = dataset.class_ids(data_dir) if which.order and dataset.class_ids else raw.classes
+    order, K = _class_order(which, raw.classes, ids)
+    raw, identity = _renumbered(coder.embed(raw) if coder else raw, order, K)
+    return raw, {"name": name, "num_known": K, "identity": identity}
 
 
 def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) -> tuple:
@@ -189,34 +199,43 @@ def _inputs(raw: Raw, dataset: Dataset, rotation: bool, device: torch.device) ->
     return train, test, {"mean": dataset.mean, "std": dataset.std}
 
 
-def _renumbered(raw: Raw, which: Known, ids: Sequence[str]) -> tuple[Raw, int, str]:
-    """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
+def _class_order(
+    which: KnownClasses, classes: Sequence[str], ids: Sequence[str]
+) -> tuple[np.ndarray, int]:
+    """Positions in `classes`, those of the known ones first, and K.
 
-    ids: the classes by the ids of `which.order`. Returns also K and the identity. Raises UserError
-    if a known class lacks images, or if no training image is unknown.
+    ids: the classes by the ids of `which.order`. Raises UserError if no class would be unknown, or
+    if `which` names one that there is not.
     """
-    count = len(raw.classes)
+    count = len(classes)
     order, K = np.arange(count), which.count or count // 2
     if which.names is not None:
-        which = which._replace(names=folder.class_names(which.names, raw.classes))
-        for name in set(which.names) - set(raw.classes):
-            raise UserError(f"--known {name}: the classes are {', '.join(raw.classes)}")
-        order = np.argsort(~np.isin(raw.classes, which.names), kind="stable")
-        K = len(set(which.names))
+        names = folder.class_names(which.names, classes)
+        for name in set(names) - set(classes):
+            raise UserError(f"--known {name}: the classes are {', '.join(classes)}")
+        order, K = np.argsort(~np.isin(classes, names), kind="stable"), len(set(names))
     elif which.seed is not None:
         order = np.random.default_rng(which.seed).permutation(count)
     elif which.order:
         listed = [ids[int(i)] for i in which.order.split() if int(i) < len(ids)]
-        first = np.array([raw.classes.index(name) for name in listed if name in raw.classes])
+        first = np.array([classes.index(name) for name in listed if name in classes])
         if len(first) < min(K, count):
-            raise UserError(
-                f"--known-class {K}: the protocol lists {len(first)} classes of the data"
-            )
+            what = f"the protocol lists {len(first)} classes of the data"
+            raise UserError(f"--known-class {K}: {what}")
         order = np.concatenate([first, np.setdiff1d(order, first)])
     if not 0 < K < count:
         flag = f"--known-class {K}" if which.names is None else f"--known {','.join(which.names)}"
         what = f"the data has {count} classes, of which at least one must be unknown"
         raise UserError(f"{flag}: {what}: choose 1 to {count - 1}")
+    return order, K
+
+
+def _renumbered(raw: Raw, order: np.ndarray, K: int) -> tuple[Raw, str]:
+    """Number the known classes 0..K-1, all unknown ones K; drop the unknown test images.
+
+    Returns also the identity. Raises UserError if a known class lacks images, or if no training
+    image is unknown.
+    """
     classes = tuple(raw.classes[label] for label in order)
     place = np.argsort(order)
     targets, test_targets = place[raw.train_labels], place[raw.test_labels]
@@ -234,4 +253,4 @@ def _renumbered(raw: Raw, which: Known, ids: Sequence[str]) -> tuple[Raw, int, s
         test_labels=test_targets[tested],
         classes=classes,
     )
-    return raw, K, identity.hexdigest()[:16]
+    return raw, identity.hexdigest()[:16]

@@ -25,8 +25,8 @@ def load(
     """All items as training images or vectors, those of test.csv as the test set, in their order.
 
     Labels of training images that are of no known class are K. Unreadable images are skipped.
-    Returns also the last fields of OpenSetData, by name. Raises UserError if a sheet is faulty or
-    if no labeled image can be read, and OSError. sheet_encoding: see sheets.read. encode: from
+    Returns also the further fields of OpenSetData by name. Raises UserError if a sheet is faulty
+    or if no labeled image can be read, and OSError. sheet_encoding: see sheets.read. encode: from
     images to vectors.
     """
     if not os.access(items.folder, os.W_OK):  # before the round rather than after it
@@ -56,7 +56,11 @@ def load(
         classes=answered.classes,
     )
     content = repr((names, answered.classes, answered.labels, answered.test, pool, digest))
+    log_name = name(items.folder)
     return raw, {
+        "name": log_name,
+        "identity": log_name,
+        "num_known": K,
         "names": tuple(names),
         "sheets": answered,
         "split": Split(*(torch.tensor(x, dtype=torch.int64) for x in (labeled, invalid, pool))),

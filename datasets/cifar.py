@@ -42,5 +42,10 @@ def _read(source: type, place: Path) -> Raw:
         train, test = (Here(place, train=part) for part in (True, False))
     except RuntimeError as error:
         raise UserError("a file is missing or has another MD5") from error
-    labels = [np.array(part.targets, np.int64) for part in (train, test)]
-    return Raw(train.data, labels[0], test.data, labels[1], tuple(train.classes))
+    return Raw(
+        train=train.data,
+        train_labels=np.array(train.targets, np.int64),
+        test=test.data,
+        test_labels=np.array(test.targets, np.int64),
+        classes=tuple(train.classes),
+    )

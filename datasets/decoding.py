@@ -57,7 +57,7 @@ def walk(folder: Path | str, below: str = "") -> dict[str, list[int]]:
                 files |= walk(entry.path, f"{below}{entry.name}/")
                 continue
             state = []
-            if entry.is_file() or pictures([entry.name]):
+            if entry.is_file() or image_names([entry.name]):
                 found = entry.stat()
                 if stat.S_ISREG(found.st_mode):
                     state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
@@ -65,8 +65,8 @@ def walk(folder: Path | str, below: str = "") -> dict[str, list[int]]:
     return files
 
 
-def pictures(names: Iterable[str]) -> list[str]:
-    """The names of image files, sorted: not hidden, with an ending that Pillow reads."""
+def image_names(names: Iterable[str]) -> list[str]:
+    """Those of image files, sorted: not hidden, with an ending that Pillow reads."""
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN)
     return sorted(x for x in names if x.lower().endswith(endings) and "/." not in f"/{x}")

@@ -23,9 +23,13 @@ def load(data_dir: Path) -> Raw:
     grey = np.rint(digits.images * (255 / 16)).clip(0, 255).astype(np.uint8)  # ink was 0..16
     images = np.repeat(grey[..., None], 3, axis=3)
     labels = digits.target.astype(np.int64)
-    train, test = map(
-        np.sort,
-        train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels),
+    order = np.arange(len(labels))
+    parts = train_test_split(order, test_size=0.2, random_state=0, stratify=labels)
+    train, test = map(np.sort, parts)
+    return Raw(
+        train=images[train],
+        train_labels=labels[train],
+        test=images[test],
+        test_labels=labels[test],
+        classes=tuple(map(str, digits.target_names)),
     )
-    classes = tuple(map(str, digits.target_names))
-    return Raw(images[train], labels[train], images[test], labels[test], classes)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from models.vectors import CHUNK
 
 from . import decoding, sheets
 from .raw import Items, Raw
 
-CHUNK = 1 << 22  # numbers at a time
 ITEMS = "items.csv"
 
 
@@ -50,8 +50,8 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     Its column `file` may be any text that tells items apart. Raises UserError for a faulty sheet,
     and OSError.
     """
-    cells, _ = sheets.read_cells(ITEMS, (data_dir / ITEMS).read_bytes(), sheet_encoding)
-    header, *rows = cells
+    content = (data_dir / ITEMS).read_bytes()
+    (header, *rows), _ = sheets.read_cells(ITEMS, content, sheet_encoding)
     plain = [name.strip().casefold() for name in header]
     if plain.count("file") != 1:
         raise UserError(f"{ITEMS}, row 1: name one column file")

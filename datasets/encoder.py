@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import functional
 from tqdm import tqdm
 
@@ -57,9 +57,6 @@ class Encoder:
         """
         digest = embeddings.digest(np.array([*images.shape, self.fitted]), images)
         file = self.folder / f".lfosa-{self.name}-{self.weights.name}-{digest[:16]}.npy"
-        if not self.folder.is_dir():
-            tell(f"note: there is no folder {self.folder}: the embeddings stay in memory")
-            return self.apply(images)
         with one_at_a_time(self.folder / ".lfosa-encoder.lock"):
             with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
                 return embeddings.read_vectors(file, len(images), "the data")
@@ -80,22 +77,23 @@ class Encoder:
         network, dimension = self._network()
         network = fold_batchnorm(network).to(self.device, memory_format=torch.channels_last)
         found, size = np.empty((len(images), dimension), np.float16), BATCH[self.device.type]
-        with _tf32(self.device), tqdm(total=len(images), **_BAR) as bar:
-            for begin in range(0, len(images), size):
-                part = np.array(images[begin : begin + size])
-                batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
-                found[begin : begin + size] = network(self._input(batch)).half().cpu().numpy()
-                bar.update(len(part))
+        precision = torch.get_float32_matmul_precision()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions always may
+        begins = range(0, len(images), size)
+        for begin in tqdm(begins, "encoding", unit=" batches", leave=False, disable=None):
+            part = np.array(images[begin : begin + size])
+            batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
+            if self.fitted:  # then this is left of the weights' own preprocessing
+                batch = functional.convert_image_dtype(batch, torch.float32)
+                batch = functional.normalize(batch, self.transforms.mean, self.transforms.std)
+            else:
+                batch = self.transforms(batch)
+            found[begin : begin + size] = network(batch).half().cpu().numpy()
+        torch.set_float32_matmul_precision(precision)
         if not np.isfinite(found).all():
             raise UserError(f"--encoder {self.name}: some embeddings are not finite in float16")
         return found
-
-    def _input(self, batch: Tensor) -> Tensor:
-        """The weights' own preprocessing of (B, 3, H, W) uint8 images, or what is left of it."""
-        if not self.fitted:
-            return self.transforms(batch)
-        scaled = functional.convert_image_dtype(batch, torch.float32)
-        return functional.normalize(scaled, self.transforms.mean, self.transforms.std)
 
     def _network(self) -> tuple[nn.Module, int]:
         """The network without its last linear layer, for inference, and its D."""
@@ -119,18 +117,3 @@ class Encoder:
         dimension = network.get_submodule(linear[-1]).in_features
         setattr(network.get_submodule(parent), child, nn.Identity())
         return network.eval(), dimension
-
-
-_BAR = dict(desc="encoding", unit=" images", leave=False, disable=None)
-
-
-@contextlib.contextmanager
-def _tf32(device: torch.device):
-    """Inside, matrix products on CUDA may use TF32, as convolutions always may."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

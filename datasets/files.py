@@ -21,9 +21,8 @@ def writing(path: Path | str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(
-            f"cannot write {cause.filename or path}: {cause.strerror or cause}"
-        ) from error
+        what = cause.filename or path
+        raise UserError(f"cannot write {what}: {cause.strerror or cause}") from error
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], object]) -> None:

@@ -50,9 +50,8 @@ def load(data_dir: Path, size: int | Fit = 64) -> Raw:
         raise UserError(f"{data_dir} needs images in train/CLASS/ and test/CLASS/, or labels.csv")
     if others := len(files) - len(train) - len(test):
         tell(f"note: {others} images in {data_dir} are in no train/CLASS/ or test/CLASS/")
-    return decoding.by_class_folder(
-        read(data_dir, {name: files[name] for name in train + test}, size)
-    )
+    chosen = {name: files[name] for name in train + test}
+    return decoding.by_class_folder(read(data_dir, chosen, size))
 
 
 def items(data_dir: Path, size: int | Fit) -> Items:
@@ -73,7 +72,7 @@ def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
     gives. Others than sheets and pages are counted in a note. Raises OSError.
     """
     found = decoding.walk(data_dir)
-    images = decoding.pictures(name for name in found if found[name])
+    images = decoding.image_names(name for name in found if found[name])
     others = sorted(found.keys() - images)
     if ignored := sum(not name.endswith((".csv", ".html")) for name in others):
         tell(f"note: ignored {ignored} files in {data_dir} that are not images")

@@ -45,13 +45,6 @@ def write_page(
     write_whole(sheet.with_suffix(".html"), lambda file: file.write(page.encode()))
 
 
-def next_step(sheet: Path) -> str:
-    """What the annotator is to do now that `sheet` has no answers, in one line."""
-    page = sheet.with_suffix(".html")
-    look = f"open {page}, or " if page.exists() else ""  # none: the sheet is of an earlier version
-    return f"{look}fill in the column label of {sheet}, then run the same command again"
-
-
 def _picture(folder: Path, file: str) -> dict[str, str] | None:
     """Where the page finds a picture, relative to itself, and what it says below it."""
     if not file:

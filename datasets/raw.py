@@ -25,7 +25,5 @@ class Items(NamedTuple):
     names: Collection[str]
     pictures: Collection[str]  # the file to look at for each name, or "" if there is none
     others: list[str]  # names of other files in the folder, which may be copies of sheets
-    read: Callable[
-        [], tuple[np.ndarray, dict[str, str]]
-    ]  # -> Raw.train, and name -> fault of unreadable items
+    read: Callable[[], tuple[np.ndarray, dict[str, str]]]  # Raw.train; faults of unreadable items
     columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else a sheet tells of each item

@@ -47,14 +47,6 @@ class Sheets(NamedTuple):
         return {q: fmean(x != UNKNOWN for x in given) for q, given in enumerate(answers) if given}
 
 
-class Answer(NamedTuple):
-    """The first row that answers for an image."""
-
-    label: str
-    sheet: str
-    row: int
-
-
 def read(
     folder: Path, images: Collection[str], others: Iterable[str] = (), encoding: str | None = None
 ) -> Sheets:
@@ -71,7 +63,7 @@ def read(
     """
     alike = {_plain(image): image for image in images} | {image: image for image in images}
     names = {"": None, UNKNOWN: UNKNOWN, SKIP: SKIP}  # folded -> label; labels.csv adds its classes
-    copies, answers = _copies(others), {}  # file -> Answer
+    copies, answers = _copies(others), {}  # image -> label, sheet and row of its first answer
     order = [START, *_queries(folder, copies), TEST]
     sheets = {sheet: {} for sheet in order if sheet != TEST or (folder / TEST).exists()}
     guessed, spelled = {}, {}  # sheet -> encoding; folded label -> its spellings
@@ -98,10 +90,10 @@ def read(
             labels[image] = label or labels.get(image)
             if not label:
                 continue
-            first = answers.setdefault(image, Answer(label, sheet, number))
-            if first.label != label or (first.sheet == TEST) != (sheet == TEST):
-                fault = f"{place}: {file!r} is {label!r}, but {first.label!r} in {first.sheet}, "
-                fault += f"row {first.row}; an image has one answer, not in {TEST} and elsewhere"
+            first, source, row = answers.setdefault(image, (label, sheet, number))
+            if first != label or (source == TEST) != (sheet == TEST):
+                fault = f"{place}: {file!r} is {label!r}, but {first!r} in {source}, row {row}; "
+                fault += f"an image has one answer, not in {TEST} and elsewhere"
                 raise UserError(fault)
     _check_copies(folder, copies, sheets, alike, encoding)
     classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
@@ -110,7 +102,7 @@ def read(
     _, *queries = sheets.values()
     return Sheets(
         classes=classes,
-        labels={file: first.label for file, first in answers.items() if first.sheet != TEST},
+        labels={file: label for file, (label, sheet, _) in answers.items() if sheet != TEST},
         test={file: label for file, label in test.items() if label in classes},
         queries=queries,
         taken=frozenset(answers).union(test),
@@ -125,27 +117,27 @@ def as_cells(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[li
     return cells
 
 
-def write_sheet(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a sheet: UTF-8 with a byte order mark, because Excel would take it for cp1252.
-
-    Raises UserError if a sheet with a column `label` exists, because it may hold answers.
-    """
-    path = Path(path)
-    if "label" in header and os.path.lexists(path):
-        raise UserError(f"{path} exists: a query sheet is never overwritten")
+def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write or replace a table: UTF-8 with a byte order mark, or Excel would take it for cp1252."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(as_cells(header, rows))
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
-    if "label" in header:
-        with contextlib.suppress(OSError), path.with_name(ASKED).open("a") as asked:
-            asked.write(f"{path.name}\n")
+
+
+def write_query(sheet: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a query sheet, and remember it. Raises UserError if it exists: it may hold answers."""
+    if os.path.lexists(sheet):
+        raise UserError(f"{sheet} exists: a query sheet is never overwritten")
+    write_table(sheet, header, rows)
+    with contextlib.suppress(OSError), sheet.with_name(ASKED).open("a") as asked:
+        asked.write(f"{sheet.name}\n")
 
 
 def read_cells(
     sheet: str, content: bytes, encoding: str | None = None
 ) -> tuple[list[list[str]], str]:
     """The cells of a sheet, row by row, the header first; and the encoding, if it is a guess."""
-    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         unicode = "utf-16"
     else:  # without a mark, the zero bytes of an ASCII header tell
         unicode = {b"\0": "utf-16-be"}.get(content[:1], "utf-8-sig")
@@ -174,9 +166,8 @@ def _rows(sheet: str, content: bytes, encoding: str) -> tuple[list[dict[str, str
     (header, *rows), guess = read_cells(sheet, content, encoding)
     header = [_fold(cell) for cell in header]
     if not header.count("file") == header.count("label") == 1:
-        raise UserError(
-            f"{sheet}, row 1: name one column file and one column label, with , or ; between"
-        )
+        what = "name one column file and one column label, with , or ; between"
+        raise UserError(f"{sheet}, row 1: {what}")
     return [dict(zip(header, cells, strict=False)) for cells in rows], guess
 
 

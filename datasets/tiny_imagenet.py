@@ -40,9 +40,8 @@ def load(data_dir: Path) -> Raw:
     """
     cache = data_dir / f"{PUBLISHED.folder}.npy"
     with one_at_a_time(data_dir / f".{PUBLISHED.folder}.lock"):
-        return decoding.by_class_folder(
-            read_published(data_dir, PUBLISHED, partial(_read, cache), cache)
-        )
+        decoded = read_published(data_dir, PUBLISHED, partial(_read, cache), cache)
+    return decoding.by_class_folder(decoded)
 
 
 def class_ids(data_dir: Path) -> list[str]:
@@ -83,7 +82,7 @@ def _decode(
     read gives the content of a file. Training images are ordered by class, and all by the numbers
     in their names. Raises UserError if there are none of a kind, or if one has no known class.
     """
-    names = [name for name in decoding.pictures(files) if name.startswith(("train/", "val/"))]
+    names = [name for name in decoding.image_names(files) if name.startswith(("train/", "val/"))]
     classes = {name.split("/")[1] for name in names if re.match("train/.*/", name)}
     annotated = {}
     if ANNOTATIONS in files:

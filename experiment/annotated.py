@@ -9,8 +9,8 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
-from datasets.page import next_step, write_page
-from datasets.sheets import as_cells, write_sheet
+from datasets.page import write_page
+from datasets.sheets import as_cells, write_query, write_table
 from errors import UserError, tell
 from models import Network, parallel
 
@@ -63,10 +63,10 @@ class AnnotatedRun(Run):
         if len(self.split.pool):
             sheet = self.data.folder / f"query_{self.round}.csv"
             if self.late:
-                self.files.tell(
-                    f"answers or images changed after {sheet} was written: used in the next round"
-                )
-            self.files.tell(next_step(sheet))
+                what = f"answers or images changed after {sheet} was written"
+                self.files.tell(f"{what}: used in the next round")
+            page, fill = sheet.with_suffix(".html"), f"fill in the column label of {sheet}"
+            self.files.tell(f"open {page}, or {fill}, then run the same command again")
         else:
             self.finish()
 
@@ -81,8 +81,8 @@ class AnnotatedRun(Run):
         return {}
 
     def newest(self, name: str) -> float | None:
-        """Of the precision, that of the newest answers."""
-        return self.log[name].get(self.round - (name == "Precision"))
+        """As for Run, but the precision is that of the newest answers, to the query before."""
+        return self.log[name].get(self.round - 1 if name == "Precision" else self.round)
 
     def end_round(self, accuracy: float, queried: Tensor) -> None:
         """Measure the round, and write the sheet that asks the annotator about `queried`."""
@@ -103,7 +103,7 @@ class AnnotatedRun(Run):
         found = zip(pool.tolist(), label.tolist(), probability.tolist(), strict=True)
         rows = {i: (data.names[i], data.classes[label], p) for i, label, p in found}
         header = ("file", "class", "probability")
-        write_sheet(f"{self.files.path}_predictions.csv", header, rows.values())
+        write_table(f"{self.files.path}_predictions.csv", header, rows.values())
         header = ("file", *data.columns, "predicted", "probability", "label")
         asked = []
         for i in queried.tolist():
@@ -112,4 +112,4 @@ class AnnotatedRun(Run):
         sheet = data.folder / f"query_{self.round + 1}.csv"
         pictures = [data.pictures[i] for i in queried.tolist()]
         write_page(sheet, as_cells(header, asked), pictures, data.classes)
-        write_sheet(sheet, header, asked)  # the last act
+        write_query(sheet, header, asked)  # the last act

@@ -25,37 +25,6 @@ from datasets.files import write_whole, writing
 from errors import UserError, tell
 
 
-def claim(path: Path, resume: bool, overwrite: bool, need: int) -> tuple[FileLock, Path | None]:
-    """Lock the files `path`.* of a run; return the lock, and the checkpoint to go on from, if any.
-
-    need: bytes that checkpoints take. Raises UserError if another process has the run, if an
-    earlier run's files would be lost, or if there is no room for new ones.
-    """
-    if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
-        raise UserError(f"the log's name is too long for a file, use fewer flags: {path.name}")
-    # A soft lock, filelock's way out, would outlive a killed process.
-    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:  # an OSError too
-            raise UserError(f"another process is running {path}") from None
-    log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
-    there = [file for file in (log, checkpoint) if file.exists()]
-    if there and not (resume or overwrite):
-        raise UserError(f"{there[0]} exists: add --resume to go on, or --overwrite")
-    if there == [log] and resume:
-        raise UserError(
-            f"{log} exists, but its checkpoint {checkpoint} is missing: move it elsewhere"
-        )
-    need -= checkpoint.stat().st_size if checkpoint in there else 0
-    disk = shutil.disk_usage(path.parent)
-    if disk.free < need and disk.total:  # some file systems do not tell
-        raise UserError(f"{path} needs {need // 10**6} MB, {disk.free // 10**6} MB are free")
-    return lock, checkpoint if resume and checkpoint in there else None
-
-
 def load_checkpoint(path: Path, experiment: dict) -> dict:
     """What torch.save wrote, without running code.
 
@@ -79,8 +48,7 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
 def versions() -> str:
     """The versions of Python, of the packages and of this project that a result depends on."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "scipy")
-    found = [f"python {platform.python_version()}"]
-    found += [f"{name} {version(name)}" for name in packages]
+    found = [f"python {platform.python_version()}", *(f"{x} {version(x)}" for x in packages)]
     with contextlib.suppress(OSError):  # no git
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -91,32 +59,52 @@ def versions() -> str:
 class RunFiles:
     """The files NAME.* of a run, which rank 0 alone writes; faults in writing are UserErrors.
 
-    .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (lines); and tb/NAME/.
+    .pt (checkpoint), .pkl (log), .queries.json, .model.pt, .log (journal); and tb/NAME/.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.log = path, Path(f"{path}.log")
+        self.path, self.journal = path, Path(f"{path}.log")
         self.events: EventsWriter | None = None
         self.begun = False
 
-    def open(self, args: Namespace, need: int, experiment: dict) -> dict | None:
-        """Claim the files; return the state to go on from, if there is one. See `claim`."""
-        self.lock, checkpoint = claim(self.path, args.resume, args.overwrite, need)
-        return load_checkpoint(checkpoint, experiment) if checkpoint else None
+    def claim(self, args: Namespace, experiment: dict) -> dict | None:
+        """Lock the files; return the state in the checkpoint to go on from, if there is one.
+
+        Raises UserError if another process has the run, if an earlier run's files would be lost,
+        or if the checkpoint cannot be used, see `load_checkpoint`.
+        """
+        path = self.path
+        if len(os.fsencode(f"{path.name}_predictions.csv.tmp")) > 255:  # bytes
+            raise UserError(f"the log's name is too long for a file, use fewer flags: {path.name}")
+        # A soft lock, filelock's way out, would outlive a killed process.
+        self.lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:  # an OSError too
+                raise UserError(f"another process is running {path}") from None
+        log, checkpoint = Path(f"{path}.pkl"), Path(f"{path}.pt")
+        there = [file for file in (log, checkpoint) if file.exists()]
+        if there and not (args.resume or args.overwrite):
+            raise UserError(f"{there[0]} exists: add --resume to go on, or --overwrite")
+        if there == [log] and args.resume:
+            raise UserError(f"{log} exists without its checkpoint {checkpoint}: move it elsewhere")
+        return load_checkpoint(checkpoint, experiment) if there and args.resume else None
 
     def begin(self, header: str, tensorboard: bool, anew: bool) -> None:
-        """Open NAME.log, and TensorBoard's file if it is wanted; anew: without the old content."""
+        """Open the journal, and TensorBoard's file if wanted; anew: without the old content."""
         self.begun, folder = True, self.path.parent / "tb" / self.path.name
         with writing(self.path.parent):
             if anew:
-                for file in (self.log, Path(f"{self.path}.model.pt")):
+                for file in (self.journal, Path(f"{self.path}.model.pt")):
                     file.unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
             if tensorboard:
                 # tensorboardX's SummaryWriter would wait for ever once the disk is full.
                 folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
-        self._write_event("text", "header", header, 0)
+        self.record("header", header, 0)
         self.note(header)
 
     def __del__(self) -> None:
@@ -131,30 +119,25 @@ class RunFiles:
             content = json.dumps([queried.tolist() for queried in queries]).encode()
             write_whole(f"{self.path}.queries.json", lambda file: file.write(content))
 
-    def save_model(self, content: dict) -> None:
-        """Write NAME.model.pt."""
-        write_whole(f"{self.path}.model.pt", partial(torch.save, content))
-
     def note(self, line: str) -> None:
-        """A line for NAME.log."""
+        """A line for the journal."""
         if self.begun:
-            with writing(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+            how = {"encoding": "utf-8", "errors": "replace"}
+            with writing(self.journal), self.journal.open("a", **how) as file:
                 file.write(f"{line}\n")
 
     def tell(self, *cells: object) -> None:
-        """A line, or a row of cells, for NAME.log and the terminal."""
+        """A line, or a row of cells, for the journal and the terminal."""
         if self.begun:
             line = str(cells[0]) if len(cells) == 1 else "".join(f"{cell:>10}" for cell in cells)
             self.note(line)
             tell(line)
 
-    def record(self, name: str, value: float, step: int) -> None:
-        """A number for TensorBoard."""
-        self._write_event("scalar", name, value, step)
-
-    def _write_event(self, kind: str, name: str, value: object, step: int) -> None:
+    def record(self, name: str, value: float | str, step: int) -> None:
+        """A number or a text for TensorBoard."""
         if self.events:
-            content = getattr(summary, kind)(name, value)
+            kind = summary.text if isinstance(value, str) else summary.scalar
+            event = Event(wall_time=time.time(), step=step, summary=kind(name, value))
             with writing(self.path.parent):
-                self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+                self.events.write_event(event)
                 self.events.flush()

@@ -1,6 +1,5 @@
 """A run of one of the two scripts: its rounds, its networks, its measures."""
 
-import dataclasses
 import hashlib
 import shlex
 import signal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import models
 from datasets import OpenSetData, open_set
+from datasets.files import write_whole
 from errors import Stopped, tell
 from models import Network, Objective, parallel
 from query_strategies import STRATEGIES, PoolOutputs, select
@@ -52,7 +52,7 @@ class Run:
     ) -> None:
         self.args, self.device, self.data, self.detector = args, device, data, detector
         self.strategy = STRATEGIES[args.query_strategy]
-        names = [field.name for field in dataclasses.fields(models.Settings)]
+        names = vars(models.Settings())
         self.settings = models.Settings(**{name: getattr(args, name) for name in names})
         self.split = data.split  # an annotator's, or None
         if self.split is None:
@@ -73,7 +73,7 @@ class Run:
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()
-        if state := parallel.from_rank0(self._open):
+        if state := parallel.from_rank0(lambda: self.files.claim(args, self.experiment)):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
@@ -176,9 +176,8 @@ class Run:
         reads, data, outputs = self.strategy.READS, self.data, {}
         masks = parameters = None
         if "mc_logits" in reads:
-            masks = models.dropout_masks(
-                network, self.settings.mc_samples, self.generator("dropout")
-            )
+            draws = self.generator("dropout")
+            masks = models.dropout_masks(network, self.settings.mc_samples, draws)
         if self.args.augment_pool and reads:
             parameters = data.train.draw(len(split.pool), self.generator("augment-pool"))
         for prefix, asked, indices, augmented in (
@@ -196,8 +195,8 @@ class Run:
         if "labeled_targets" in reads:
             outputs["labeled_targets"] = data.targets[split.labeled.to(self.device)]
         if "precisions" in reads:
-            known = sorted(self.log["Precision"].items())
-            outputs["precisions"] = tuple(value for q, value in known if q < self.round)
+            measured = sorted(self.log["Precision"].items())
+            outputs["precisions"] = tuple(value for q, value in measured if q < self.round)
         if "objective" in reads:
             outputs["objective"] = self.objectives["detector" if self.detector else "classifier"]
         return PoolOutputs(len(split.pool), data.num_known, **outputs)
@@ -233,25 +232,13 @@ class Run:
         """The generator of this round's draws for a purpose."""
         return generator(self.args.seed, self.round, *purpose)
 
-    def _open(self) -> dict | None:
-        """Claim the run's files; return the state in the checkpoint to go on from, if any."""
-        with torch.device("meta"):  # sizes without the memory
-            made = self.args.model, self.data.train.dimension, self.data.num_known + 1
-            network = models.build(*made, self.args.feat_dim, dropout=0)
-        # Bytes per parameter: 12 for the detector, the classifier and the momentum, twice, because
-        # the old checkpoint stays until the new one is complete; 8 for NAME.model.pt.
-        need = 2 * 12 + 8 * self.args.save_model
-        need *= sum(parameter.numel() for parameter in network.parameters())
-        return self.files.open(self.args, need, self.experiment)
-
     def begin(self) -> None:
         """Write the first checkpoint, open the journal, and print what will run."""
         args, data, files = self.args, self.data, self.files
         self.save()
         if parallel.rank() > 0:
             return
-        cuda = self.device.type == "cuda"
-        where = torch.cuda.get_device_name(self.device) if cuda else "CPU"
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         where += f", {torch.get_num_threads()} threads"
         header = f"{vars(args)}, {versions()}, {where}"
         files.begin(header, not args.no_tensorboard, args.overwrite)
@@ -264,7 +251,7 @@ class Run:
         files.tell(f"{training}, {where}")
         files.tell(f"{files.path}.pkl: {self.round} rounds done")
         if data.left_out:
-            files.tell(f"{len(data.left_out)} unreadable images are skipped; see {files.log}")
+            files.tell(f"{len(data.left_out)} unreadable images are skipped; see {files.journal}")
         for name, fault in data.left_out.items():
             files.note(f"skipped: {name}: {fault}")
         files.tell(*COLUMNS)
@@ -283,7 +270,7 @@ class Run:
         content |= self.data.preprocessing
         for name, state in self.networks.items():
             content |= {name: state["network"], f"{name}_objective": state["objective"]}
-        self.files.save_model(content)
+        write_whole(f"{self.files.path}.model.pt", partial(torch.save, content))
 
     # What an annotator's run does in another way.
 

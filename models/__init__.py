@@ -3,23 +3,15 @@
 import torch
 
 from . import resnet
-from .mlp import MLP
-from .network import Network
+from .network import MLP, Network
 from .objective import CenterLoss, Objective
 from .resnet import ResNet
 from .training import AMP, Settings, dropout_masks, evaluate, predict, train
 
 __all__ = ["AMP", "MLP", "NETWORKS", "CenterLoss", "Network", "Objective", "ResNet", "Settings"]
-__all__ += ["build", "create", "dropout_masks", "evaluate", "predict", "train"]
+__all__ += ["create", "dropout_masks", "evaluate", "predict", "train"]
 
 NETWORKS = [*resnet.NETWORKS, "mlp"]  # on images, and on vectors
-
-
-def build(name: str, dimension: int, num_classes: int, feat_dim: int, dropout: float) -> Network:
-    """A network as PyTorch initializes it. dimension: of its input, see Images and Embeddings."""
-    if name == "mlp":
-        return MLP(dimension, num_classes, feat_dim, dropout)
-    return ResNet(name, num_classes, feat_dim, dropout)
 
 
 def create(
@@ -33,12 +25,13 @@ def create(
 ) -> Network:
     """A new network with PyTorch's default initialization, drawn on the CPU from `generator`.
 
-    name: one of NETWORKS; feat_dim, dropout: see Network; dimension: see `build`. channels_last on
-    the device.
+    name: one of NETWORKS; feat_dim, dropout: see Network; dimension: of the input, see Images and
+    Embeddings. channels_last on the device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        network = build(name, dimension, num_classes, feat_dim, dropout)
+        head = num_classes, feat_dim, dropout
+        network = MLP(dimension, *head) if name == "mlp" else ResNet(name, *head)
     if device.type == "cuda" and torch.distributed.is_initialized():
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)

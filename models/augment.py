@@ -25,23 +25,39 @@ class Images(NamedTuple):
     padding: int  # pixels around the image for the random crop
     flip: bool  # whether half of the images are mirrored
     degrees: float  # largest angle of the rotation, to either side
+    dimension = 3  # channels, the size of a network's input
 
     @property
     def device(self) -> torch.device:
         return self.pixels.device
 
-    @property
-    def dimension(self) -> int:
-        """Channels, the size of a network's input."""
-        return 3
-
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU."""
-        return draw(self, count, generator)
+        """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU.
+
+        Columns: six coefficients of `rotation`, left and top of the crop (-padding..padding), flip
+        (0 or 1). Drawn on the CPU so that every device sees the same numbers.
+        """
+        p = self.padding
+        crop = torch.randint(-p, p + 1, (count, 2), generator=generator)
+        flip = torch.randint(0, 2, (count, 1), generator=generator)
+        if not self.flip:
+            flip.zero_()
+        angle = torch.empty(count, dtype=torch.float64)
+        angle.uniform_(-self.degrees, self.degrees, generator=generator)
+        return torch.cat([rotation(angle, self.height, self.width), crop, flip], 1).int()
 
     def batch(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
-        """Network input (B, 3, H, W) of index (B,), augmented by parameters (B, 9)."""
-        return normalize(self, index) if parameters is None else augment(self, index, parameters)
+        """Network input of index (B,), augmented by parameters (B, 9) from `draw`, if given.
+
+        Scaled to [0, 1] and normalized: (B, 3, H, W) float32, channels_last.
+        """
+        row = self.width * 3
+        if parameters is None:
+            source = self.pixels[:-1].view(-1, self.height, row).index_select(0, index)
+        else:
+            source = self.pixels.index_select(0, source_pixels(self, index, parameters).view(-1))
+        rows = source.view(-1, self.height, row).float().mul_(self.scale).add_(self.shift)
+        return rows.view(-1, self.height, self.width, 3).permute(0, 3, 1, 2)
 
 
 def to_device(
@@ -55,9 +71,8 @@ def to_device(
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     # A whole row of pixels as the innermost dimension: 10 times as fast on a CPU as 3 channels.
     scale, shift = (1 / (255 * std)).repeat(width).float(), (-mean / std).repeat(width).float()
-    pixels = torch.from_numpy(pixels).to(device)
     return Images(
-        pixels=pixels,
+        pixels=torch.from_numpy(pixels).to(device),
         height=height,
         width=width,
         scale=scale.to(device),
@@ -66,25 +81,6 @@ def to_device(
         flip=flip,
         degrees=degrees,
     )
-
-
-def normalize(images: Images, index: Tensor) -> Tensor:
-    """Images without augmentation, scaled to [0, 1] and normalized.
-
-    index: (B,) int64 on the device. Returns (B, 3, H, W) float32, channels_last.
-    """
-    rows = images.pixels[:-1].view(-1, images.height, images.width * 3)
-    return _to_input(images, rows.index_select(0, index))
-
-
-def augment(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
-    """Augmented images, scaled to [0, 1] and normalized.
-
-    index: (B,) int64, parameters: (B, 9) int32 from `draw`, both on the device.
-    Returns (B, 3, H, W) float32, channels_last.
-    """
-    source = images.pixels.index_select(0, source_pixels(images, index, parameters).view(-1))
-    return _to_input(images, source)
 
 
 def source_pixels(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
@@ -104,20 +100,6 @@ def source_pixels(images: Images, index: Tensor, parameters: Tensor) -> Tensor:
     return torch.where(inside, first + (y * width + x), len(images.pixels) - 1)
 
 
-def draw(images: Images, count: int, generator: torch.Generator) -> Tensor:
-    """Random augmentation parameters for `count` images: (count, 9) int32 on the CPU.
-
-    Columns: six coefficients of `rotation`, left and top of the crop (-padding..padding), flip
-    (0 or 1). Drawn on the CPU so that every device sees the same numbers.
-    """
-    p = images.padding
-    crop = torch.randint(-p, p + 1, (count, 2), generator=generator)
-    flip = torch.randint(0, 2, (count, 1), generator=generator) * int(images.flip)
-    angle = torch.empty(count, dtype=torch.float64)
-    angle.uniform_(-images.degrees, images.degrees, generator=generator)
-    return torch.cat([rotation(angle, images.height, images.width), crop, flip], 1).int()
-
-
 def rotation(angle: Tensor, height: int, width: int) -> Tensor:
     """Pillow's nearest-neighbor rotation as 16.16 fixed-point coefficients.
 
@@ -133,10 +115,3 @@ def rotation(angle: Tensor, height: int, width: int) -> Tensor:
     offset_x, offset_y = offset_x + cos * 0.5 + sin * 0.5, offset_y - sin * 0.5 + cos * 0.5
     coefficients = torch.stack([cos, sin, offset_x, -sin, cos, offset_y], 1)
     return torch.floor(coefficients * 65536 + 0.5).long()
-
-
-def _to_input(images: Images, source: Tensor) -> Tensor:
-    """Gathered uint8 pixels -> normalized (B, 3, H, W) float32 in channels_last memory."""
-    rows = source.view(-1, images.height, images.width * 3).float()
-    rows = rows.mul_(images.scale).add_(images.shift)
-    return rows.view(-1, images.height, images.width, 3).permute(0, 3, 1, 2)

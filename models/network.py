@@ -1,7 +1,9 @@
-"""What all networks share: a pooled vector, features and logits."""
+"""What all networks share: a pooled vector, features and logits; and a small network on vectors."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WIDTH = 256  # units of the MLP's hidden layer
 
 
 class Network(nn.Module):
@@ -37,3 +39,16 @@ class Network(nn.Module):
         if self.training and self.dropout_rate:
             pooled = F.dropout(pooled, self.dropout_rate)
         return self.head(pooled)
+
+
+class MLP(Network):
+    """Vectors (B, D) -> features (B, F) and logits (B, C); feat_dim, dropout: see Network."""
+
+    def __init__(self, dimension: int, num_classes: int, feat_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dimension, WIDTH)
+        self.add_head(WIDTH, num_classes, feat_dim, dropout)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Vectors (B, D) -> the hidden layer after its ReLU (B, WIDTH)."""
+        return F.relu(self.hidden(x), inplace=True)

@@ -191,8 +191,3 @@ def any_rank(flag: bool) -> bool:
     if world() > 1:
         dist.all_reduce(total)
     return bool(total)
-
-
-def lost(error: RuntimeError) -> bool:
-    """Whether a collective raised `error` because another process has ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -191,7 +191,7 @@ def predict(
 
     Returns for each of `fields`: "features" (n, F), "logits" (n, C) or "mc_logits" (S, n, C),
     float32 on the device. masks: (S, P) from `dropout_masks`, for mc_logits. parameters: (n, 9)
-    from `augment.draw`, to apply the training augmentation after all. Under torchrun the ranks
+    from `inputs.draw`, to apply the training augmentation after all. Under torchrun the ranks
     share the batches, rank 0 gets the result, and the others get None for each field.
     Raises UserError if an output is NaN or infinite.
     """

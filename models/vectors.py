@@ -50,10 +50,8 @@ def to_device(
     mean, scale = torch.from_numpy(mean).to(dtype), (1 / torch.from_numpy(std)).to(dtype)
     scale[~scale.isfinite()] = 0  # of a constant column
     mean, scale = mean.to(device), scale.to(device)
-    train, test = (
-        Embeddings(torch.from_numpy(rows).to(device), mean, scale) for rows in (train, test)
-    )
-    return train, test
+    train, test = torch.from_numpy(train).to(device), torch.from_numpy(test).to(device)
+    return Embeddings(train, mean, scale), Embeddings(test, mean, scale)
 
 
 def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ letters, digits, "-" and single "_". The file may also have
 NEEDS_DETECTOR = True: only AL_center_temperature.py offers it;
 objective(network, temperature, invalid, generator): what the queried network learns, see eaoa.py;
 DEFAULTS: a dict of arguments whose default differs under this strategy;
-describe(outputs): a line for NAME.log before each query.
+describe(outputs): a line for the journal, NAME.log, before each query.
 """
 
 from importlib import import_module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .outputs import PoolOutputs, distance_to, in_chunks, top_k
+from .outputs import PoolOutputs, distances, in_chunks, top_k
 
 READS = ("features", "logits")  # fields of PoolOutputs
 
@@ -32,8 +32,8 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     chosen = top_k(e_norms * f_norms, 1, generator).tolist()
     nearest = torch.full((outputs.size,), math.inf, dtype=torch.float64)
     for draw in torch.rand(count - 1, dtype=torch.float64, generator=generator):
-        distances = squared_distances(errors, outputs.features, e_norms, f_norms, chosen[-1])
-        nearest = torch.minimum(nearest, distances.cpu())
+        squares = squared_distances(errors, outputs.features, e_norms, f_norms, chosen[-1])
+        nearest = torch.minimum(nearest, squares.cpu())
         weights = nearest if nearest.any() else torch.ones_like(nearest)
         weights[chosen] = 0
         sums = weights.cumsum(0)
@@ -48,8 +48,8 @@ def squared_distances(
 
     By e f' - g h' = ((e - g)(f + h)' + (e + g)(f - h)') / 2: equal images are exactly 0 apart.
     """
-    e_minus = distance_to(errors, i).double().square()
-    f_minus = distance_to(features, i).double().square()
+    e_minus = distances(errors, errors[[i]])[:, 0].double().square()
+    f_minus = distances(features, features[[i]])[:, 0].double().square()
     e_plus = 2 * (e_norms + e_norms[i]) - e_minus
     f_plus = 2 * (f_norms + f_norms[i]) - f_minus
     cross = 2 * (e_norms - e_norms[i]) * (f_norms - f_norms[i])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-BLOCK = 1 << 24  # distances in memory at a time, float64
+from .outputs import BLOCK
 
 
 def first_neighbors(features: Tensor) -> Tensor:

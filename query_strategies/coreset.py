@@ -4,11 +4,9 @@ Neural Networks: A Core-Set Approach", ICLR 2018, algorithm 1)."""
 import torch
 from torch import Tensor
 
-from .outputs import PoolOutputs, distance_to, top_k
+from .outputs import BLOCK, PoolOutputs, distances, top_k
 
 READS = ("features", "labeled_features")  # fields of PoolOutputs
-
-START_CHUNK = 1 << 11  # pool images at a time, each with its distances to all labeled ones
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
@@ -19,11 +17,12 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """
     # Distances between two sets are a matrix product: fast, but only float64 tells near ones apart.
     labeled = outputs.labeled_features.double()
-    parts = outputs.features.split(START_CHUNK)
+    parts = outputs.features.split(max(1, BLOCK // len(labeled)))
     nearest = torch.cat([torch.cdist(part.double(), labeled).amin(1).float() for part in parts])
     chosen = []
     for _ in range(count):
         chosen.append(int(top_k(nearest, 1, generator)))
-        nearest = torch.minimum(nearest, distance_to(outputs.features, chosen[-1]))
+        to_it = distances(outputs.features, outputs.features[chosen[-1:]])[:, 0]
+        nearest = torch.minimum(nearest, to_it)
         nearest[chosen[-1]] = -1  # below every distance: no image is chosen twice
     return torch.tensor(chosen)

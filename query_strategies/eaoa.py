@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, softplus
 from models.objective import Batch, Objective, mean_where
 
 from .av_based import mixture_posterior
-from .outputs import PoolOutputs, in_chunks, top_k
+from .outputs import BLOCK, PoolOutputs, in_chunks, top_k
 
 READS = ("logits", "features", "classifier_logits", "labeled_features", "labeled_targets")
 READS += ("invalid_features", "precisions")  # fields of PoolOutputs
@@ -32,11 +32,6 @@ INVALID_ENERGY = -7.0  # those of invalid images higher
 NEIGHBORS = 250  # pool images that a labeled or invalid image names
 FIRST_K = 5  # candidates for each image of the query, in round 0
 HIGH_PRECISION, LOW_PRECISION = 0.65, 0.55  # of a query, after which there is one more, or less
-
-BLOCK = 1 << 25  # similarities in memory at a time, float64
-
-
-# ---- training -----------------------------------------------------------------------------------
 
 
 class EnergyObjective(Objective):
@@ -71,14 +66,11 @@ def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits: (B, K + 1); targets: (B,) int64, K for an invalid image. E = -logsumexp of the K known.
     """
-    known = logits.shape[1] - 1
-    energy = -logits[:, :known].logsumexp(1)
+    K = logits.shape[1] - 1
+    energy = -logits[:, :K].logsumexp(1)
     above = (energy - KNOWN_ENERGY).clamp(min=0).square()
     below = (INVALID_ENERGY - energy).clamp(min=0).square()
-    return mean_where(targets < known, above) + mean_where(targets == known, below)
-
-
-# ---- query --------------------------------------------------------------------------------------
+    return mean_where(targets < K, above) + mean_where(targets == K, below)
 
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
@@ -88,15 +80,15 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     known, k times the share, and of these the least surely classified. Where the classes have too
     few images, the most surely known of the others follow.
     """
-    known, logits = outputs.num_known, outputs.logits
-    energy = in_chunks(lambda a: free_energy(a[:, :known], a[:, known]), logits)
+    K = outputs.num_known
+    energy = in_chunks(lambda a: free_energy(a[:, :K], a[:, K]), outputs.logits)
     clean = pool_posterior(energy, generator, np.argmin)
     clean = clean * pool_posterior(neighbor_energy(outputs, generator), generator, np.argmin)
     uncertain = in_chunks(log_uncertainty, outputs.classifier_logits)
     info = pool_posterior(uncertain, generator, np.argmax)
-    share, k = math.ceil(count / known), adapted_k(outputs.precisions)
+    share, k = math.ceil(count / K), adapted_k(outputs.precisions)
     prediction, chosen = outputs.classifier_logits.argmax(1), []
-    for c in range(known):
+    for c in range(K):
         images = (prediction == c).nonzero()[:, 0]
         images = images[top_k(clean[images], k * share, generator)]
         chosen.append(images[top_k(info[images], share, generator)])
@@ -107,7 +99,7 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
 
 def describe(outputs: PoolOutputs) -> str:
-    """A line for NAME.log: k, and the precisions that it follows from."""
+    """A line for the journal: k, and the precisions that it follows from."""
     earlier = ", ".join(f"{precision:.3f}" for precision in outputs.precisions)
     return f"EAOA: k = {adapted_k(outputs.precisions)} after precisions {earlier or '(none)'}"
 
@@ -116,8 +108,10 @@ def adapted_k(precisions: Sequence[float]) -> int:
     """Candidates for each image of the query, after queries with these precisions, in [0, 1]."""
     k = FIRST_K
     for precision in precisions:
-        k += (precision > HIGH_PRECISION) - (precision < LOW_PRECISION)
-        k = max(k, 1)
+        if precision > HIGH_PRECISION:
+            k += 1
+        elif precision < LOW_PRECISION:
+            k = max(k - 1, 1)
     return k
 
 
@@ -129,42 +123,41 @@ def log_uncertainty(logits: Tensor) -> Tensor:
 
 
 def free_energy(known: Tensor, unknown: Tensor | None) -> Tensor:
-    """-logsumexp(known (n, K)) + log(1 + exp(unknown (n,))), without the latter for None: (n,)
-    float64."""
+    """-logsumexp(known (n, K)), plus log(1 + exp(unknown (n,))) if given: (n,) float64."""
     energy = -known.double().logsumexp(1)
     return energy if unknown is None else energy + softplus(unknown.double())
 
 
 def neighbor_energy(outputs: PoolOutputs, generator: torch.Generator) -> Tensor:
     """The free energy of how often the images of each class name a pool image: (n,) float64."""
-    known, invalid = outputs.num_known, len(outputs.invalid_features)
+    K, invalid = outputs.num_known, len(outputs.invalid_features)
     features = torch.cat([outputs.labeled_features, outputs.invalid_features])
     targets = outputs.labeled_targets
-    targets = torch.cat([targets, targets.new_full((invalid,), known)])
-    counts = neighbor_counts(outputs.features, features, targets, known, generator)
-    return free_energy(counts[:, :known], counts[:, known] if invalid else None)
+    targets = torch.cat([targets, targets.new_full((invalid,), K)])
+    counts = neighbor_counts(outputs.features, features, targets, K, generator)
+    return free_energy(counts[:, :K], counts[:, K] if invalid else None)
 
 
 def neighbor_counts(
-    pool: Tensor, features: Tensor, targets: Tensor, known: int, generator: torch.Generator
+    pool: Tensor, features: Tensor, targets: Tensor, K: int, generator: torch.Generator
 ) -> Tensor:
     """How often each pool image is named by images of each class: (n, K + 1) float64.
 
     pool: (n, F); features: (m, F), targets: (m,) int64, 0..K. An image names the NEIGHBORS pool
     images nearest to it by cosine. Counts are divided by the class's number of images over the
-    mean number in the `known` classes; a class without images has 0.
+    mean number in the known classes; a class without images has 0.
     """
     # Equally near images are told apart by their place: chance, from the generator, decides it.
     order = torch.randperm(len(pool), generator=generator).to(pool.device)
     pool, features = normalize(pool[order].double()), normalize(features.double())
     near, rows = min(NEIGHBORS, len(pool)), max(1, BLOCK // len(pool))
-    counts = pool.new_zeros(len(pool), known + 1)
-    for c in range(known + 1):
+    counts = pool.new_zeros(len(pool), K + 1)
+    for c in range(K + 1):
         for part in features[targets == c].split(rows):
             named = (part @ pool.T).topk(near, sorted=False).indices
             counts[order, c] += named.flatten().bincount(minlength=len(pool))
-    images = targets.bincount(minlength=known + 1)
-    return counts * images[:known].double().mean() / images.clamp(min=1)
+    images = targets.bincount(minlength=K + 1)
+    return counts * images[:K].double().mean() / images.clamp(min=1)
 
 
 def pool_posterior(

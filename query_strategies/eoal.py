@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.objective import Batch, Objective, mean_where
 
 from .clustering import clusters, partitions
-from .outputs import PoolOutputs, in_chunks, top_k
+from .outputs import PoolOutputs, distances, in_chunks, top_k
 from .uncertainty import entropy
 
 READS = ("logits", "features", "objective")  # fields of PoolOutputs
@@ -24,9 +24,6 @@ INVALID_SHARE = 0.8  # alpha, the weight of the invalid images; the labeled ones
 CLUSTER_WEIGHT = 0.1
 PULL_WEIGHT = 0.1  # of the distance to the own center, in the cluster loss
 EPSILON = 1e-8  # added to probabilities before the logarithm
-
-
-# ---- training -----------------------------------------------------------------------------------
 
 
 class OpenSetObjective(Objective):
@@ -46,8 +43,8 @@ class OpenSetObjective(Objective):
         generator: Callable[..., torch.Generator],
     ) -> None:
         super().__init__(temperature)
-        self.known, width = network.fc.out_features - 1, network.feature_dim
-        drawn = 2 * torch.rand(2 * self.known, width, generator=generator("heads")) - 1
+        self.K, width = network.fc.out_features - 1, network.feature_dim
+        drawn = 2 * torch.rand(2 * self.K, width, generator=generator("heads")) - 1
         self.weight = nn.Parameter(drawn / math.sqrt(width))  # as nn.Linear draws it
         self.register_buffer("invalid", invalid.unique(), persistent=False)  # sorted
         self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
@@ -66,20 +63,19 @@ class OpenSetObjective(Objective):
         """Cluster the invalid images into K clusters."""
         if len(self.invalid):
             features = features_of(self.invalid.cpu())
-            self.clusters = clusters(features, self.known)
+            self.clusters = clusters(features, self.K)
             members = F.one_hot(self.clusters).T.double()  # (C, u)
-            means = members @ features.double() / members.sum(1, keepdim=True)
-            self.centers = means.float()
+            self.centers = (members @ features.double() / members.sum(1, keepdim=True)).float()
 
     def heads(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, 2, K): logits of "is not class c" and of "is class c"."""
-        return F.linear(features, self.weight).unflatten(1, (2, self.known))
+        return F.linear(features, self.weight).unflatten(1, (2, self.K))
 
     def forward(self, batch: Batch) -> Tensor:
         any_invalid = len(self.invalid) > 0
         loss = open_set_loss(self.heads(batch.features), batch.targets, any_invalid)
         if any_invalid:
-            images = batch.targets == self.known
+            images = batch.targets == self.K
             own = self.clusters[torch.searchsorted(self.invalid, batch.index[images])]
             pull = cluster_loss(batch.features[images], own, self.centers)
             loss = loss + CLUSTER_WEIGHT * pull
@@ -96,14 +92,14 @@ def open_set_loss(heads: Tensor, targets: Tensor, any_invalid: bool) -> Tensor:
     own class's loss plus the largest of the others', none for K = 1. Of an invalid image: the mean
     losses of "is class c" and of "is not class c". any_invalid: whether the training has any.
     """
-    known = heads.shape[2]
+    K = heads.shape[2]
     is_not, is_class = (-(heads.softmax(1) + EPSILON).log()).unbind(1)  # (B, K) each
-    own = F.one_hot(targets.clamp(max=known - 1), known).bool()
+    own = F.one_hot(targets.clamp(max=K - 1), K).bool()
     largest = is_not.masked_fill(own, 0).amax(1)
-    labeled = mean_where(targets < known, (is_class * own).sum(1) + largest)
+    labeled = mean_where(targets < K, (is_class * own).sum(1) + largest)
     if not any_invalid:
         return OPEN_SET_WEIGHT * labeled
-    invalid = mean_where(targets == known, (is_class + is_not).mean(1))
+    invalid = mean_where(targets == K, (is_class + is_not).mean(1))
     return OPEN_SET_WEIGHT * ((1 - INVALID_SHARE) * labeled + INVALID_SHARE * invalid)
 
 
@@ -113,19 +109,11 @@ def cluster_loss(features: Tensor, clusters: Tensor, centers: Tensor) -> Tensor:
 
     features: (U, F), clusters: (U,) int64, centers: (C, F).
     """
-    distances = distances_to(features, centers)
-    own = distances.gather(1, clusters.unsqueeze(1))
+    to_centers = distances(features, centers)
+    own = to_centers.gather(1, clusters.unsqueeze(1))
     # The own center's term of the sum is exp(0), the 1 of the formula.
-    losses = PULL_WEIGHT * own[:, 0] + (own - distances).logsumexp(1)
+    losses = PULL_WEIGHT * own[:, 0] + (own - to_centers).logsumexp(1)
     return losses.sum() / max(len(features), 1)
-
-
-def distances_to(features: Tensor, centers: Tensor) -> Tensor:
-    """Euclidean distances: (n, F), (C, F) -> (n, C)."""
-    return torch.cdist(features, centers, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-# ---- query --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -141,8 +129,8 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     learnt = outputs.objective
 
     def scores(features: Tensor) -> Tensor:
-        distances = distances_to(features, learnt.centers) if len(learnt.centers) else None
-        return score(learnt.heads(features), distances)
+        to_centers = distances(features, learnt.centers) if len(learnt.centers) else None
+        return score(learnt.heads(features), to_centers)
 
     low = -in_chunks(scores, outputs.features)
     is_known = outputs.logits.argmax(1) < outputs.num_known
@@ -161,16 +149,16 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     return candidates[in_rounds(cluster, count)]
 
 
-def score(heads: Tensor, distances: Tensor | None) -> Tensor:
+def score(heads: Tensor, to_centers: Tensor | None) -> Tensor:
     """How little an image looks known, low for known: (n,) float64, in [-1, 1].
 
     The mean entropy of the binary classifiers, minus that of the softmax of the negative distances
-    to the centers, each over its largest value. heads: (n, 2, K) logits; distances: (n, C).
+    to the centers, each over its largest value. heads: (n, 2, K) logits; to_centers: (n, C).
     """
     both = heads.transpose(1, 2).flatten(0, 1)  # (n K, 2)
     value = entropy(both).view(len(heads), -1).mean(1) / math.log(2)
-    if distances is not None and distances.shape[1] > 1:  # one center: an entropy of 0
-        value = value - entropy(-distances) / math.log(distances.shape[1])
+    if to_centers is not None and to_centers.shape[1] > 1:  # one center: an entropy of 0
+        value = value - entropy(-to_centers) / math.log(to_centers.shape[1])
     return value
 
 

@@ -21,10 +21,10 @@ ALPHA = 10  # classes whose logits are recalibrated, the highest ones of an imag
 
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64, best first; count <= outputs.size."""
-    known = slice(outputs.num_known)
-    fitted = fit(outputs.labeled_logits[:, known], outputs.labeled_targets)
+    K = outputs.num_known
+    fitted = fit(outputs.labeled_logits[:, :K], outputs.labeled_targets)
     fitted = [tensor.to(outputs.logits.device) for tensor in fitted]
-    unknown = in_chunks(lambda part: unknown_probability(part, *fitted), outputs.logits[:, known])
+    unknown = in_chunks(lambda part: unknown_probability(part, *fitted), outputs.logits[:, :K])
     return top_k(-unknown, count, generator)
 
 

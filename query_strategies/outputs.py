@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 16  # images at a time
+# How much is computed at a time, to save memory.
+CHUNK = 1 << 16  # images, each by itself
+BLOCK = 1 << 24  # pairs of images, a float64 number of each: 128 MiB
 
 
 class PoolOutputs(NamedTuple):
@@ -47,6 +49,6 @@ def top_k(score: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return order[torch.sort(score[order], descending=True, stable=True).indices[:count]]
 
 
-def distance_to(rows: Tensor, i: int) -> Tensor:
-    """Euclidean distance of each row to row i: (n, F) -> (n,); exactly 0 for rows equal to it."""
-    return torch.cdist(rows, rows[i : i + 1], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+def distances(rows: Tensor, centers: Tensor) -> Tensor:
+    """Euclidean distances: (n, F), (C, F) -> (n, C); exactly 0 between equal rows."""
+    return torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist")

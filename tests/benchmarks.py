@@ -116,9 +116,9 @@ def random_images() -> tuple[np.ndarray, list[int], augment.Images, Tensor, mode
 def our_augmentation(count: int) -> None:
     _, _, images, _, _ = random_images()
     order = torch.randperm(count).to(DEVICE)
-    parameters = augment.draw(images, count, torch.Generator()).to(DEVICE)
+    parameters = images.draw(count, torch.Generator()).to(DEVICE)
     for rows, own in zip(order.split(BATCH), parameters.split(BATCH), strict=True):
-        augment.augment(images, rows, own)
+        images.batch(rows, own)
 
 
 def our_training(count: int, compile: bool = False) -> None:
@@ -237,7 +237,7 @@ def random_outputs(strategy: ModuleType, count: int) -> PoolOutputs:
     if "precisions" in reads:
         fields["precisions"] = (0.5, 0.7)
     if "objective" in reads:
-        network = models.build("mlp", 8, K + 1, width, 0.0)
+        network = models.MLP(8, K + 1, width, 0.0)
         invalid = torch.arange(10_000)
         made = strategy.objective(network, None, invalid, lambda *_: rng)
         made.before_epoch(lambda index: torch.randn(len(index), width, generator=rng))

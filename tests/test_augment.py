@@ -49,19 +49,19 @@ def test_pixels_equal_pil(size, padding):
 def test_network_input_equals_totensor_and_normalize():
     images, pixels = make(64, 32, 4)
     index = torch.randperm(64)
-    parameters = augment.draw(images, 64, torch.Generator().manual_seed(0))
+    parameters = images.draw(64, torch.Generator().manual_seed(0))
     source = images.pixels[augment.source_pixels(images, index, parameters)].numpy()
     expected = torch.stack([TF.normalize(TF.to_tensor(image), MEAN, STD) for image in source])
-    ours = augment.augment(images, index, parameters)
+    ours = images.batch(index, parameters)
     assert torch.allclose(ours, expected, rtol=0, atol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     plain_input = torch.stack([TF.normalize(TF.to_tensor(p), MEAN, STD) for p in pixels[index]])
-    assert torch.allclose(augment.normalize(images, index), plain_input, rtol=0, atol=1e-6)
+    assert torch.allclose(images.batch(index), plain_input, rtol=0, atol=1e-6)
 
 
 def test_parameters_follow_the_published_distribution():
     images, _ = make(1, 32, 4)
-    parameters = augment.draw(images, 40_000, torch.Generator().manual_seed(0))
+    parameters = images.draw(40_000, torch.Generator().manual_seed(0))
     left, top, flip = parameters[:, 6:].double().T
     for crop in (left, top):
         assert (crop.min(), crop.max()) == (-4, 4)
@@ -76,6 +76,6 @@ def test_parameters_follow_the_published_distribution():
     assert abs(np.corrcoef(left, top)[0, 1]) < 0.02
     assert abs(np.corrcoef(left, angle)[0, 1]) < 0.02
     upright, _ = make(1, 8, 1, flip=False, degrees=0)
-    parameters = augment.draw(upright, 1000, torch.Generator().manual_seed(0))
+    parameters = upright.draw(1000, torch.Generator().manual_seed(0))
     assert parameters[:, 8].sum() == 0
     assert parameters[:, :6].unique(dim=0).tolist() == [[65536, 0, 32768, 0, 65536, 32768]]

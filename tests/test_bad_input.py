@@ -202,6 +202,3 @@ def test_home(forks, tmp_path):
         forks.run(tmp_path, BASELINE, *UNTRAINED, "--save-dir=~/log_AL", before=before)
     )
     assert find(tmp_path, "pkl") and not (tmp_path / "~").exists()
-    for dataset, flag in (("digits", "--save-dir"), ("cifar10", "--data-dir")):
-        ran = forks.run(tmp_path, BASELINE, "--dataset", dataset, f"{flag}=~/x", before=CONTAINER)
-        assert_one_line(ran, flag)

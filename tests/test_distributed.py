@@ -105,7 +105,7 @@ def fail():
 def program(folder):
     """What each of two processes does; the tests below judge what it finds."""
     device = parallel.setup_device(arguments())
-    data = datasets.create("digits", None, device, datasets.Known(4))
+    data = datasets.create("digits", None, device, datasets.KnownClasses(4))
     found = computed(data, f"{folder}/selected")
     found["any"] = [parallel.any_rank(parallel.rank() == 1), parallel.any_rank(False)]
     # Batches of 32 and 1: the last step's stand-in image must not leave its batch statistics.
@@ -192,7 +192,7 @@ def pair(tmp_path_factory):
 def single(tmp_path_factory):
     """What this process alone computes."""
     folder = str(tmp_path_factory.mktemp("single"))
-    data = datasets.create("digits", None, torch.device("cpu"), datasets.Known(4))
+    data = datasets.create("digits", None, torch.device("cpu"), datasets.KnownClasses(4))
     return computed(data, folder)
 
 

@@ -81,7 +81,7 @@ def test_lfosa_finds_known_classes(forks, tmp_path):
 
     # The classifier can be applied with what NAME.model.pt holds.
     saved = torch.load(find(tmp_path / "random", "model.pt"))
-    network = models.MLP(64, 4)
+    network = models.MLP(64, 4, 0, 0.0)
     network.load_state_dict(saved["classifier"])
     labels = np.load(tmp_path / "vectors/test_labels.npy")
     known = np.isin(labels, saved["classes"][:4])

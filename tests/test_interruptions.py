@@ -255,14 +255,6 @@ def test_full_disk(forks, resume, tmp_path, before):
     resume(LFOSA, *arguments, "2")
 
 
-def test_a_disk_that_is_too_small_is_told_before_training(forks, tmp_path):
-    before = "import shutil, types\n"
-    before += "shutil.disk_usage = lambda _: types.SimpleNamespace(total=9**9, free=10**6)"
-    ran = forks.run(tmp_path, LFOSA, "--use-cpu", before=before)
-    assert_one_line(ran, "MB")
-    assert ran.stdout == "" and not find(tmp_path, "pt")
-
-
 def test_a_finished_run_stays_as_it_is_unless_asked(forks, tmp_path):
     assert_ends_well(forks.run(tmp_path, BASELINE, *UNTRAINED))
     before, text = results(tmp_path), find(tmp_path, "log").read_text()

@@ -46,7 +46,7 @@ def no_network(monkeypatch):
 
 
 def create(name, data_dir, known_class=None, known=None, **options):
-    which = datasets.Known(known_class, known)
+    which = datasets.KnownClasses(known_class, known)
     return datasets.create(name, Path(data_dir), torch.device("cpu"), which, **options)
 
 
@@ -648,6 +648,6 @@ def test_a_protocols_classes_are_lines_of_wnids_txt(tmp_path):
     write_folder(tmp_path / "folder", trees.tiny_imagenet())
     write_zip(tmp_path / "tiny-imagenet-200.zip", trees.tiny_imagenet())
     for place in (tmp_path / "folder", tmp_path):
-        known = datasets.Known(2, order="1 2")
+        known = datasets.KnownClasses(2, order="1 2")
         data = datasets.create("TinyImagenet", place, torch.device("cpu"), known)
         assert data.classes == ("n00000020", "n00000000", "n00000010")

@@ -202,10 +202,10 @@ def plain_training(network, images, targets, indices, temperature, weight_cent):
             group["lr"] = 0.02 * 0.5 ** (epoch // 2)
         draws = generator(0, "epoch", epoch)
         order = indices[torch.randperm(len(indices), generator=draws)]
-        parameters = augment.draw(images, len(indices), draws)
+        parameters = images.draw(len(indices), draws)
         total = 0.0
         for index, batch in zip(order.split(16), parameters.split(16), strict=True):
-            features, logits = network(augment.augment(images, index, batch))
+            features, logits = network(images.batch(index, batch))
             loss, pull = 0.0, torch.zeros_like(centers)
             for feature, row, i in zip(features, logits, index.tolist(), strict=True):
                 target = int(targets[i])
@@ -379,8 +379,8 @@ def test_predict_equals_a_loop_over_images_and_masks(eval_batch_size, augmented)
     masks = models.dropout_masks(network, 3, generator(0))
     parameters, inputs = None, [plain_input(images, i) for i in indices.tolist()]
     if augmented:
-        parameters = augment.draw(images, 33, generator(1))
-        inputs = augment.augment(images, indices, parameters).split(1)
+        parameters = images.draw(33, generator(1))
+        inputs = images.batch(indices, parameters).split(1)
     expected = {"features": torch.zeros(33, 2), "logits": torch.zeros(33, 5)}
     expected["mc_logits"] = torch.zeros(3, 33, 5)
     plain = copy.deepcopy(network).eval()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import datasets
-from datasets import Known, digits, open_set
+from datasets import KnownClasses, digits, open_set
 from errors import UserError
 
 
@@ -80,11 +80,11 @@ def test_a_start_with_nothing_labeled_or_nothing_left_is_refused(percent):
 @pytest.mark.parametrize(
     "which, order, num_known",
     [
-        (Known(4), range(10), 4),  # as published
-        (Known(9, seed=1), np.random.default_rng(1).permutation(10), 9),
-        (Known(4, names=["7", "2"]), [2, 7, 0, 1, 3, 4, 5, 6, 8, 9], 2),
-        (Known(2, order="5 3 9"), [5, 3, 9, 0, 1, 2, 4, 6, 7, 8], 2),  # a protocol's
-        (Known(2, seed=1, order="5 3 9"), np.random.default_rng(1).permutation(10), 2),
+        (KnownClasses(4), range(10), 4),  # as published
+        (KnownClasses(9, seed=1), np.random.default_rng(1).permutation(10), 9),
+        (KnownClasses(4, names=["7", "2"]), [2, 7, 0, 1, 3, 4, 5, 6, 8, 9], 2),
+        (KnownClasses(2, order="5 3 9"), [5, 3, 9, 0, 1, 2, 4, 6, 7, 8], 2),  # a protocol's
+        (KnownClasses(2, seed=1, order="5 3 9"), np.random.default_rng(1).permutation(10), 2),
     ],
 )
 def test_classes_are_renumbered_alike_in_training_and_test(which, order, num_known):

@@ -44,7 +44,7 @@ def make(folder, files, classes):
     sheet = folder / "query_1.csv"
     rows = [(file, classes[i % len(classes)], 0.5, "") for i, file in enumerate(files)]
     write_page(sheet, sheets.as_cells(COLUMNS, rows), files, classes)
-    sheets.write_sheet(sheet, COLUMNS, rows)
+    sheets.write_query(sheet, COLUMNS, rows)
     return sheet
 
 

@@ -74,7 +74,7 @@ def test_every_strategy_in_both_scripts(forks, tmp_path, script, strategy):
         assert list(measure) == [0, 1]
         assert all(type(value) is float for value in measure.values())
     # 1,437 training images, 576 of them known, 115 labeled at the start; 60 queried
-    known = datasets.create("digits", None, torch.device("cpu"), datasets.Known(4)).known
+    known = datasets.create("digits", None, torch.device("cpu"), datasets.KnownClasses(4)).known
     assert [len(set(query)) for query in queries] == [60, 60]
     found = [int(known[query].sum()) for query in queries]
     labeled = [115 + sum(found[:q]) for q in (0, 1, 2)]
@@ -104,7 +104,7 @@ models.train = watched
 
 
 def test_each_network_gets_its_images_and_temperatures(forks, tmp_path):
-    known = datasets.create("digits", None, torch.device("cpu"), datasets.Known(4)).known
+    known = datasets.create("digits", None, torch.device("cpu"), datasets.KnownClasses(4)).known
     started = []
     for script in (LFOSA, BASELINE):
         folder = tmp_path / script

@@ -104,7 +104,7 @@ def test_a_written_query_is_filled_in_and_read(data, names):
     with tempfile.TemporaryDirectory() as name:
         folder, query = Path(name), Path(name, "query_1.csv")
         (folder / "labels.csv").write_text("file,label\nstart.png,Cat\n")
-        sheets.write_sheet(query, QUERY, [(file, "Cat", 1 / 3, "") for file in images])
+        sheets.write_query(query, QUERY, [(file, "Cat", 1 / 3, "") for file in images])
         assert sheets.read(folder, [*images, "start.png"]).queries == [dict.fromkeys(images)]
         rows = list(csv.DictReader(io.StringIO(query.read_text("utf-8-sig"), newline="")))
         others = dict(predicted="Cat", probability="0.3333", label="")
@@ -117,7 +117,7 @@ def test_a_written_query_is_filled_in_and_read(data, names):
             writer.writerows(r | {"label": a} for r, a in zip(rows, answers, strict=True))
         filled = query.read_bytes()
         with pytest.raises(UserError, match=r"query_1\.csv"):
-            sheets.write_sheet(query, QUERY, [(images[0], "Cat", 0.5, "")])
+            sheets.write_query(query, QUERY, [(images[0], "Cat", 0.5, "")])
         assert query.read_bytes() == filled
         [got] = sheets.read(folder, [*images, "start.png"]).queries
     assert list(got.items()) == list(zip(images, answers, strict=True))
@@ -170,7 +170,7 @@ def test_other_files_are_no_sheets_and_no_query_sheet_may_be_missing(tmp_path):
 def test_predictions_are_replaced_in_a_form_that_excel_understands(tmp_path):
     for probability in (1 / 4, 3 / 4):
         rows = [("é,1.png", "dög", probability)]
-        sheets.write_sheet(tmp_path / "p.csv", ("file", "class", "probability"), rows)
+        sheets.write_table(tmp_path / "p.csv", ("file", "class", "probability"), rows)
     content = (tmp_path / "p.csv").read_bytes()
     assert content.startswith(codecs.BOM_UTF8)  # else it shows Ã© for é
     assert content.decode("utf-8-sig") == 'file,class,probability\r\n"é,1.png",dög,0.7500\r\n'
@@ -195,7 +195,7 @@ def test_a_query_sheet_saved_under_another_name_is_missed(tmp_path, name):
         return sheets.read(tmp_path, IMAGES, others)
 
     (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
-    sheets.write_sheet(tmp_path / "query_1.csv", QUERY, [("b.png", "cat", 0.9, "")])
+    sheets.write_query(tmp_path / "query_1.csv", QUERY, [("b.png", "cat", 0.9, "")])
     empty, copy = (tmp_path / "query_1.csv").read_bytes(), tmp_path / name
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(b"PK\3\4" if name.endswith(("x", "s")) else empty.strip() + b"cat\r\n")
@@ -262,6 +262,6 @@ def test_names_that_a_spreadsheet_takes_for_formulas(tmp_path):
     assert [*sheets.read(tmp_path, images).labels] == images
     header = ("file", "class", "temperature", "place")
     cells = [("=a.png", "=x", -0.5, "@home"), ("+b.png", "-1", -2, "a-b")]
-    sheets.write_sheet(tmp_path / "p.csv", header, cells)
+    sheets.write_table(tmp_path / "p.csv", header, cells)
     got = list(csv.reader(io.StringIO((tmp_path / "p.csv").read_text("utf-8-sig"))))
     assert got[1:] == [["./=a.png", " =x", "-0.5000", " @home"], ["./+b.png", "-1", "-2", "a-b"]]
