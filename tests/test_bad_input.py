@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from forks import BASELINE, LFOSA, UNTRAINED, assert_ends_well, assert_one_line, at, find
+from forks import BASELINE, LFOSA, SMALL, UNTRAINED, assert_ends_well, assert_one_line, at, find
 
 # One flag of each kind with texts that it refuses.
 NUMBERS = {
@@ -84,12 +84,12 @@ def test_a_gpu_that_is_not_there(forks, tmp_path):
     ],
 )
 def test_a_failure_in_mid_run_leaves_the_last_checkpoint(forks, tmp_path, arguments, before, says):
-    arguments = ["--use-cpu", "--max-epoch", "2", *arguments]
+    arguments = [*SMALL, "--max-epoch", "2", *arguments]
     assert_one_line(forks.run(tmp_path, LFOSA, *arguments, before=before), says)
     assert find(tmp_path, "pt")
 
 
-@pytest.mark.parametrize("error", ["FileNotFoundError", "ValueError", "RuntimeError", "KeyError"])
+@pytest.mark.parametrize("error", ["FileNotFoundError", "RuntimeError"])
 def test_a_bug_in_a_strategy_ends_with_its_traceback(forks, tmp_path, error):
     before = at("query_strategies.random", "query", 1, f"raise {error}('mine')")
     ran = forks.run(tmp_path, BASELINE, *UNTRAINED, before=before)
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_cannot_be_used(forks, tmp_path, kind):
 # Unusual, but no mistake
 
 
-@pytest.mark.parametrize("arguments", ["--drop-unknown --query-batch 1000", "--query-batch 1400"])
+@pytest.mark.parametrize("arguments", ["--drop-unknown --query-batch 250", "--query-batch 350"])
 def test_a_pool_without_images_to_query(forks, tmp_path, arguments):
     arguments = [*UNTRAINED, "--query-strategy", "AV_temperature", *arguments.split()]
     ran = forks.run(tmp_path, LFOSA, *arguments, "--max-query", "3")

@@ -16,10 +16,10 @@ from trees import class_folders, write_folder
 import plot
 import utils
 
-# Six classes of five pictures, three of them known: a run takes half a second.
+# Six classes of five pictures, three of them known.
 TINY = "--use-cpu --no-tensorboard --save-model --checkpoint-seconds 0 --dataset folder --data-dir "
 TINY += "pictures --image-size 8 --init-percent 40 --query-batch 4 --max-query 2 --max-epoch 2 "
-TINY += "--batch-size 4 --lr-model 0.05"
+TINY += "--batch-size 4 --lr-model 0.05 --model tiny"
 BALD = "--query-strategy BALD --mc-samples 3"
 # The flags that change an experiment: arguments that a run without the flag has too, and the flag.
 CHANGES = {

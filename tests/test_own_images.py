@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 from datasets import open_set
 from experiment.run import generator
 
-FOLDER = "--dataset folder --use-cpu --no-tensorboard --image-size 8 --data-dir pictures".split()
+FOLDER = "--dataset folder --model tiny --use-cpu --no-tensorboard --image-size 8".split()
+FOLDER += ["--data-dir", "pictures"]
 QUICK = [*FOLDER, "--max-epoch", "1", "--query-batch", "4"]
 UNTRAINED = [*FOLDER, "--max-epoch", "0", "--query-strategy", "random", "--query-batch", "4"]
 
