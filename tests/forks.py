@@ -210,7 +210,7 @@ class Worker:
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(env)
             Path("/proc/self/comm").write_text(f"rank{env['RANK']}")
-            run(args[2:])  # the words after `python -u`
+            run([*args[2:]])  # the words after `python -u`
 
     def poll(self):
         if self.returncode is None:
