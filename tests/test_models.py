@@ -137,8 +137,10 @@ def test_resnet20_has_shortcuts_without_parameters():
         assert torch.equal(y[:, :, i, j], nn.functional.pad(x[:, :, 2 * i, 2 * j], (0, 16)))
 
 
-@pytest.mark.parametrize("synchronized", [False, True])  # as CUDA ranks train
-@pytest.mark.parametrize("name", ALL_NETWORKS)
+CASES = [(name, False) for name in ALL_NETWORKS] + [("tiny", True)]
+
+
+@pytest.mark.parametrize(("name", "synchronized"), CASES)  # synchronized: as CUDA ranks train
 def test_outputs_memory_format_and_folded_batch_norms(name, synchronized):
     network = randomize_statistics(create(name, 4, 2)).eval()
     images = torch.randn(3, 3, 16, 16).to(memory_format=torch.channels_last)
