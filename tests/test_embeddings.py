@@ -3,12 +3,13 @@
 import csv
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from forks import BASELINE, LFOSA, assert_ends_well, assert_one_line, at, find
+from forks import BASELINE, KILL, LFOSA, assert_ends_well, assert_one_line, at, at_write, find
 from PIL import Image
 from test_scripts import parse  # noqa: F401
 from torch import nn
@@ -21,7 +22,6 @@ from datasets import digits
 from datasets.encoder import Encoder
 from errors import UserError
 from models import vectors
-from query_strategies import STRATEGIES
 
 CPU = torch.device("cpu")
 OURS = "--use-cpu --no-tensorboard --dataset embeddings --data-dir vectors".split()
@@ -92,7 +92,9 @@ def test_lfosa_finds_known_classes(forks, tmp_path):
     assert 100 * right.mean() == pytest.approx(read(tmp_path / "random")[0]["Acc"][2])
 
 
-RUNS = [(LFOSA, name) for name in STRATEGIES] + [(BASELINE, "BALD"), (BASELINE, "OpenMax")]
+# Together they read all that a strategy can.
+RUNS = [(LFOSA, name) for name in ("BADGE", "Coreset", "EAOA", "EOAL")]
+RUNS += [(BASELINE, "BALD"), (BASELINE, "OpenMax")]
 
 
 @pytest.mark.parametrize(("script", "strategy"), RUNS)
@@ -226,6 +228,31 @@ def test_a_person_labels_sentences(forks, tmp_path):
     assert pickle.loads(log.read_bytes())["Precision"] == {0: pytest.approx(known)}
 
 
+def test_new_embeddings_begin_an_open_round_again_and_keep_the_answers(forks, tmp_path):
+    """As in a twin of the folder in which the round was never begun with the old ones."""
+    begun, waiting = tmp_path / "begun", tmp_path / "waiting"
+    folder, raw = begun / "vectors", digits.load(None)
+    folder.mkdir(parents=True)
+    rows, labels = raw.train[:60, ..., 0].reshape(60, 64) / 255, raw.train_labels[:30]
+    np.save(folder / "embeddings.npy", rows)
+    sheet(folder / "items.csv", [("file",), *((i,) for i in range(60))])
+    known = [(i, label) for i, label in enumerate(labels) if label < 2]
+    sheet(folder / "labels.csv", [("file", "label"), *known])
+    command = [LFOSA, *OURS, *"--max-epoch 2 --query-batch 4 --checkpoint-seconds 0".split()]
+    assert forks.run(begun, *command).returncode == 0
+    asked_first = [(row["file"], "unknown") for row in asked(folder / "query_1.csv")]
+    sheet(folder / "query_1.csv", [("file", "label"), *asked_first])
+    shutil.copytree(begun, waiting)
+    assert forks.run(begun, *command, before=at_write("pt", 3, KILL)).returncode == -9
+    for home in (begun, waiting):
+        np.save(home / "vectors/embeddings.npy", rows**2)
+        assert forks.run(home, *command).returncode == 0
+    for name in ("query_1.csv", "query_2.csv"):
+        assert (folder / name).read_bytes() == (waiting / "vectors" / name).read_bytes()
+    assert len(asked(folder / "query_2.csv")) == 4
+    assert [(row["file"], row["label"]) for row in asked(folder / "query_1.csv")] == asked_first
+
+
 BAD_ITEMS = {
     "file,text\na,1\nb,2\n": ["items.csv", "2", "embeddings.npy", "3"],
     "file\na\nb\na\n": ["items.csv", "row 4", "row 2"],
@@ -330,6 +357,35 @@ def test_no_network_and_no_weights(forks, tmp_path):
     ran = forks.run(tmp_path, LFOSA, "--encoder", ENCODER, before=NO_NETWORK + home)
     name = weights.url.rpartition("/")[2]
     assert_one_line(ran, name, str(tmp_path / "hub" / "checkpoints"), weights.url)
+
+
+OTHER_NAME = f"""
+import torchvision
+torchvision.models.get_model_weights("{ENCODER}").DEFAULT._name_ = "IMAGENET1K_V9"
+"""
+
+
+def test_a_run_never_mixes_the_embeddings_of_two_weights(forks, tmp_path):
+    """Resumed after the weights' file was replaced it reads the embeddings that are there; with
+    weights of another name it is refused."""
+    write_folder(tmp_path / "pictures", class_folders(*"abcd"))
+    home = f"import os; os.environ['TORCH_HOME'] = {str(tmp_path)!r}\n"
+    words = "--use-cpu --no-tensorboard --dataset folder --data-dir pictures --max-epoch 2".split()
+    words += ["--init-percent", "40", "--query-batch", "3", "--encoder", ENCODER, "--save-dir"]
+
+    def run(name, rounds, before=home):
+        more = [tmp_path / name / "log_AL", "--max-query", rounds, "--resume"]
+        return forks.run(tmp_path, LFOSA, *words, *more, before=before)
+
+    random_weights(tmp_path)
+    for name, rounds in (("whole", 3), ("resumed", 2)):
+        assert run(name, rounds).returncode == 0
+    random_weights(tmp_path, seed=1)
+    begun = read(tmp_path / "resumed")
+    assert_one_line(run("resumed", 3, home + OTHER_NAME), "weights", "IMAGENET1K_V9")
+    assert read(tmp_path / "resumed") == begun
+    assert run("resumed", 3).returncode == 0
+    assert read(tmp_path / "resumed") == read(tmp_path / "whole")
 
 
 def test_a_person_labels_encoded_images(forks, tmp_path):
