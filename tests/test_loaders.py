@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import pickle
 import re
@@ -555,24 +554,6 @@ def test_a_failure_of_the_machine_is_not_remembered(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"memory(?!.*batch)"):
             create("folder", tmp_path)
     assert folder.load(tmp_path).train.shape[0] == 3
-
-
-def test_a_cache_of_an_earlier_version(tmp_path, capfd):
-    """Is made anew from the files, and without them used as it is."""
-    write_folder(tmp_path, FILES)
-    check_arrays(tiny_imagenet.load(tmp_path), expected())
-    whole = (tmp_path / CACHE).read_bytes()
-    about = whole[whole.index(b'{"files"') :]
-    old = json.loads(about)
-    old = {"files": {name: state[0] for name, state in old["files"].items()}, "broken": {}}
-    (tmp_path / CACHE).write_bytes(whole.removesuffix(about) + json.dumps(old).encode())
-    alone = tmp_path / "alone" / CACHE
-    alone.parent.mkdir()
-    shutil.copyfile(tmp_path / CACHE, alone)
-    check_arrays(tiny_imagenet.load(alone.parent), expected())
-    check_arrays(tiny_imagenet.load(tmp_path), expected())
-    assert "note" in capfd.readouterr().out
-    assert (tmp_path / CACHE).read_bytes() == whole
 
 
 def test_folder_with_broken_images(tmp_path):

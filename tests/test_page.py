@@ -130,12 +130,6 @@ def test_a_page_left_by_a_killed_run_becomes_that_of_the_sheet(forks, tmp_path):
     assert [row[0] for row in found["rows"]] == person.asked(1) and "seven" in found["classes"]
 
 
-def test_the_last_line_names_the_page_and_then_the_sheet(forks, tmp_path):
-    Person(tmp_path)
-    last = succeed(forks, tmp_path, LFOSA, *UNTRAINED).stdout.splitlines()[-1]
-    assert 0 < last.index("query_1.html") < last.index("query_1.csv")
-
-
 # ---- in a browser -------------------------------------------------------------------------------
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
