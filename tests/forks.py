@@ -85,10 +85,10 @@ module.{function} = replacement
 """
 
 
-def at_write(suffix, number, action):
-    """Source for Forks: do `action` where NAME.suffix is complete, but not yet in its place."""
+def at_write(ending, number, action):
+    """Source for Forks: do `action` where NAME`ending` is complete, but not yet in its place."""
     path = "str(args[1]).replace('model.pt', 'model')"  # it is no other .pt
-    which = f"{path}.endswith('.{suffix.replace('model.pt', 'model')}')"
+    which = f"{path}.endswith('{ending.replace('model.pt', 'model')}')"
     return at("os", "replace", number, action, which)
 
 

@@ -107,7 +107,7 @@ def outcome(forks, tmp_path_factory):
             folder = home / f"run{next(numbers)}"
             arguments = [script, *TINY.split(), *words.split(), "--save-dir", folder / "log_AL"]
             if kill:
-                killed = before + at_write("pt", kill, KILL)
+                killed = before + at_write(".pt", kill, KILL)
                 ran = forks.run(home, *arguments, before=killed)
                 assert ran.returncode == -signal.SIGKILL
                 arguments.append("--resume")

@@ -116,7 +116,7 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script):
         before, in_a_write = "", kills % 2 == 1
         if kills < KILLS and in_a_write:  # of a file that is written at first, or later
             suffix = draws.choice(["pt", "pkl", "queries.json", "model.pt"])
-            before = at_write(suffix, draws.randint(1, 4), WRITES[kills // 2 % 3])
+            before = at_write(f".{suffix}", draws.randint(1, 4), WRITES[kills // 2 % 3])
         pid = forks.start(tmp_path, script, *arguments, "--resume", before=before)
         if kills < KILLS and not in_a_write:
             time.sleep(draws.uniform(0.2 * brief, 2 * brief))
@@ -157,7 +157,7 @@ def test_what_a_methods_own_loss_has_learnt_survives_kills(forks, resume, tmp_pa
     """In the first round's detector, in that of the second round and in its classifier."""
     arguments = [*TINY, "--query-strategy", strategy, "--max-query", "2"]
     for write, rounds in ((3, 0), (7, 1), (4, 1)):
-        before = at_write("pt", write, KILL)
+        before = at_write(".pt", write, KILL)
         ran = forks.run(tmp_path, LFOSA, *arguments, "--resume", before=before)
         assert ran.returncode == -signal.SIGKILL and rounds_done(tmp_path) == rounds
     resume(LFOSA, *arguments)
@@ -170,8 +170,8 @@ def test_what_a_methods_own_loss_has_learnt_survives_kills(forks, resume, tmp_pa
         (BASELINE, signal.SIGINT, at(*STEP, 4, "{}")),  # the network's last
         (LFOSA, signal.SIGUSR1, at(*STEP, 6, "{}")),  # the classifier's second
         # In the write after the first epoch, and after the last one of the detector.
-        (BASELINE, signal.SIGTERM, at_write("pt", 2, "{}")),
-        (LFOSA, signal.SIGUSR1, at_write("pt", 3, "{}")),
+        (BASELINE, signal.SIGTERM, at_write(".pt", 2, "{}")),
+        (LFOSA, signal.SIGUSR1, at_write(".pt", 3, "{}")),
     ],
 )
 def test_a_signal_in_training_ends_the_run_after_the_epoch(

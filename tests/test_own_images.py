@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from forks import BASELINE, LFOSA, ROOT, assert_one_line
+from forks import BASELINE, KILL, LFOSA, ROOT, assert_one_line, at_write
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -126,19 +126,6 @@ def test_the_example_of_the_readme(forks, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("log_AL/*_predictions.csv"))) == 1
 
 
-KILL = """
-import os, signal
-replace, left = os.replace, {call}
-def kill(source, target):
-    global left
-    left -= str(target).endswith({ending!r})
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = kill
-"""
-
-
 def test_killed_at_any_moment_the_same_command_goes_on(forks, tmp_path):
     whole, killed = (Person(tmp_path / name) for name in ("whole", "killed"))
     for person in (whole, killed):
@@ -147,7 +134,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(forks, tmp_path):
     # At the checkpoints with the detector, with both networks, and at the end of the round.
     writes = [(".pt", 2), (".pt", 3), (".pt", 4), ("predictions.csv", 1), ("query_2.csv", 1)]
     for ending, call in writes:
-        before = KILL.format(ending=ending, call=call)
+        before = at_write(ending, call, KILL)
         assert forks.run(killed.home, LFOSA, *QUICK, before=before).returncode == -9
         assert not (killed.folder / "query_2.csv").exists()
     for person in (whole, killed):
@@ -157,7 +144,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(forks, tmp_path):
 
 
 def test_a_round_begun_with_other_answers_is_begun_anew_and_keeps_the_sheets(forks, person):
-    killed = KILL.format(ending="query_1.csv", call=1)
+    killed = at_write("query_1.csv", 1, KILL)
     assert forks.run(person.home, LFOSA, *QUICK, before=killed).returncode == -9
     with (person.folder / "labels.csv").open("a") as sheet:
         sheet.write("mixed/7/0.png,seven\n")  # a third class: other networks

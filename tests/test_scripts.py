@@ -280,13 +280,6 @@ def test_a_protocol_sets_its_papers_classes_and_defaults(start, parse, dataset, 
     assert sorted(other.name().partition("_random__")[2].split("_")) == sorted(shown)
 
 
-def test_a_protocol_keeps_the_classes_of_other_data_sets(parse, monkeypatch, tmp_path):
-    words = ["script.py", "--use-cpu", "--protocol", "EOAL", "--save-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    run = utils.start("test", detector=True)
-    assert run.data.classes == tuple("0123456789")
-
-
 @pytest.mark.parametrize("script", [BASELINE, LFOSA])
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_help_names_every_default_in_75_lines(forks, parse, tmp_path, script, dataset):

@@ -265,18 +265,6 @@ def test_av_against_plain_mixtures(name):
     assert unknown or name != "AV_temperature"
 
 
-def test_lfosa_takes_known_images_at_random_where_all_are_predicted_unknown():
-    """Then the query has known images in the pool's proportion, and not the surest unknown."""
-    size, known, count, trials = 60, 15, 20, 100
-    logits = torch.randn(size, KNOWN + 1, generator=seeded(0))
-    logits[:, -1] += 20 - 5 * (torch.arange(size) < known)  # least sure of the known images
-    given = PoolOutputs(size, KNOWN, logits=logits)
-    queries = torch.cat([select("AV_temperature", given, count, seeded(i)) for i in range(trials)])
-    share = known / size
-    deviation = math.sqrt(share * (1 - share) / len(queries))  # if drawn with replacement
-    assert abs((queries < known).double().mean() - share) < 4 * deviation
-
-
 # ---- Coreset and BADGE -------------------------------------------------------------------------
 
 
