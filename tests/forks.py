@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -103,6 +104,12 @@ KILL = send(signal.SIGKILL)
 def results(folder):
     """The content of the files that a run is for."""
     return {suffix: find(folder, suffix).read_bytes() for suffix in ("pkl", "queries.json")}
+
+
+def read(folder):
+    """Log and queries of the run in `folder`."""
+    log, queries = results(folder).values()
+    return pickle.loads(log), json.loads(queries)
 
 
 def find(folder, suffix):

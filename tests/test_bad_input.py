@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from forks import BASELINE, LFOSA, SMALL, UNTRAINED, assert_ends_well, assert_one_line, at, find
+from trees import Trace
 
 # One flag of each kind with texts that it refuses.
 NUMBERS = {
@@ -34,6 +35,13 @@ MISTAKES = [
     (BASELINE, "--known-T 0.5", "--known-T"),  # LfOSA's alone
     (BASELINE, "cifar10", "cifar10"),
     (BASELINE, "--resume --overwrite", "--overwrite"),
+    (LFOSA, "--model mlp", "--encoder"),
+    (LFOSA, "--encoder resnet5", "resnet50"),
+    (LFOSA, "--dataset embeddings --encoder resnet50", "--encoder"),
+    (LFOSA, "--dataset embeddings --model resnet20", "--model"),
+    (LFOSA, "--dataset embeddings --image-size 8", "--image-size"),
+    (LFOSA, "--dataset embeddings --augment-pool", "--augment-pool"),
+    (LFOSA, "--dataset embeddings --no-rotation", "--rotation"),
     (BASELINE, "--known-class 10", "--known-class"),  # the digits have 10 classes
     (BASELINE, "--init-percent 0.01", "--init-percent"),  # no image
     (BASELINE, "--save-dir /dev/null", "/dev/null"),
@@ -100,11 +108,8 @@ def test_a_bug_in_a_strategy_ends_with_its_traceback(forks, tmp_path, error):
 # Checkpoints that cannot be gone on with
 
 
-class Mine:
-    """Unpickling it leaves a trace."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trace",)
+def __reduce__(self):
+    return os.mkdir, ("trace",)
 
 
 def flipped(content):
@@ -143,7 +148,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "empty": (lambda content: b"", "", "", "damaged"),
     "cut": (lambda content: content[:-1000], "", "", "damaged"),
     "one bit flipped": (flipped, "", "", "damaged"),
-    "with code": (saved({"format": Mine()}), "", "", "damaged"),
+    "with code": (saved({"format": Trace()}), "", "", "damaged"),
     "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "version"),
     "of another run": (of_another_run, "", "", "another"),
     "of other kernels": (SAME, "--deterministic", "", "deterministic"),

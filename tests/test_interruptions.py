@@ -143,15 +143,6 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script):
     print(f"{script}: kills survived: {kills}, in {rounds} rounds")
 
 
-def test_a_detector_is_trained_once(forks, resume, tmp_path):
-    arguments = [*TINY, "--max-query", "1"]
-    before = at(*STEP, 4 + 3, KILL)  # the first step of the classifier's second epoch
-    assert forks.run(tmp_path, LFOSA, *arguments, before=before).returncode == -signal.SIGKILL
-    resume(LFOSA, *arguments)
-    losses = [(f"loss/{name}", epoch) for name in ("detector", "classifier") for epoch in (1, 2)]
-    assert [scalars(tmp_path)[loss] for loss in losses] == [1, 1, 1, 1]
-
-
 @pytest.mark.parametrize("strategy", ["EAOA", "EOAL"])
 def test_what_a_methods_own_loss_has_learnt_survives_kills(forks, resume, tmp_path, strategy):
     """In the first round's detector, in that of the second round and in its classifier."""

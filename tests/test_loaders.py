@@ -106,11 +106,8 @@ def test_what_a_run_needs(tmp_path, files, options, part):
 # ---- CIFAR -------------------------------------------------------------------------------------
 
 
-class Mine:
-    """Unpickling it leaves a trace."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trace",)
+def __reduce__(self):
+    return os.mkdir, ("trace",)
 
 
 def pickled(file, content):
@@ -168,7 +165,7 @@ def test_cifar_damaged(small_cifar, tmp_path, monkeypatch):
     """A damaged file is told and not unpickled."""
     monkeypatch.chdir(tmp_path)
     _, source, batches, _ = small_cifar
-    name, bad = source.__name__.lower(), pickle.dumps(Mine())
+    name, bad = source.__name__.lower(), pickle.dumps(trees.Trace())
     for file in (source.train_list[-1][0], source.test_list[0][0], source.meta["filename"]):
         whole = (batches / file).read_bytes()
         (batches / file).write_bytes(bad)
@@ -276,16 +273,6 @@ def test_tiny_imagenet_archive_of_another_md5(tmp_path, capfd):
         check_fails("TinyImagenet", tmp_path, archive, md5(bad).hexdigest(), MD5)
     write_folder(tmp_path, FILES)
     check_arrays(tiny_imagenet.load(tmp_path), expected())  # the folder beside it is used
-
-
-def test_tiny_imagenet_beside_images_of_another_kind(tmp_path):
-    """Somebody's train/ and val/ do not hide the archive, nor train/ alone the cache."""
-    archive = write_zip(tmp_path / f"{ROOT}.zip", FILES)
-    write_folder(tmp_path, {"train/cat/1.png": b"", "val/cat/2.png": b""})
-    check_arrays(tiny_imagenet.load(tmp_path), expected())
-    archive.unlink()
-    shutil.rmtree(tmp_path / "val")
-    check_arrays(tiny_imagenet.load(tmp_path), expected())
 
 
 def test_tiny_imagenet_files_changed_after_decoding(tmp_path, capfd):
@@ -528,32 +515,6 @@ def test_only_what_is_in_the_folder_for_its_owner(tmp_path, capfd):
     (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(FileNotFoundError, match=r"lost\.png"):
         folder.list_images(tmp_path)
-
-
-def test_a_failure_of_the_machine_is_not_remembered(tmp_path, monkeypatch):
-    """No memory ends the start; without its decoder an image is skipped until there is one."""
-    names = {"a.png", "b.jpg", "c.png"}
-    files = {
-        name: trees.picture(RNG, (16, 16), kind="JPEG" if "j" in name else "PNG") for name in names
-    }
-    write_folder(tmp_path / "train" / "ant", files | {"x.png": b"no image"})
-    data_dir = tmp_path / "train"
-    with monkeypatch.context() as patch:
-        patch.delattr(Image.core, "jpeg_decoder")
-        assert pixels_of(data_dir).keys() == {"ant/a.png", "ant/c.png"}
-    for _ in range(2):
-        assert pixels_of(data_dir).keys() == {f"ant/{name}" for name in names}
-    write_folder(tmp_path / "test" / "bee", files)
-    (data_dir / "ant/x.png").unlink()
-
-    def read_bytes(path):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", read_bytes)
-        with pytest.raises(UserError, match=r"memory(?!.*batch)"):
-            create("folder", tmp_path)
-    assert folder.load(tmp_path).train.shape[0] == 3
 
 
 def test_folder_with_broken_images(tmp_path):

@@ -3,9 +3,7 @@
 import itertools
 import json
 import os
-import pickle
 import re
-import signal
 import subprocess
 import sys
 
@@ -13,7 +11,17 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from forks import BASELINE, LFOSA, ROOT, SMALL, UNTRAINED, assert_ends_well, assert_one_line, find
+from forks import (
+    BASELINE,
+    LFOSA,
+    ROOT,
+    SMALL,
+    UNTRAINED,
+    assert_ends_well,
+    assert_one_line,
+    find,
+    read,
+)
 
 import datasets
 import models
@@ -57,12 +65,6 @@ def start(monkeypatch, tmp_path):
         return utils.start("test", detector)
 
     return started
-
-
-def read(folder):
-    """Log and queries of the run in `folder`."""
-    log = pickle.loads(find(folder, "pkl").read_bytes())
-    return log, json.loads(find(folder, "queries.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -338,17 +340,6 @@ def test_resumed_with_another_number_of_threads_it_goes_on_and_says_so(forks, tm
     for ran in (alike, other):
         assert_ends_well(ran)
         assert ("note" in ran.stdout) == (ran is other)
-
-
-def test_a_notebooks_output_and_interruptions_are_left_as_they_were(monkeypatch):
-    class Output:  # has no `reconfigure`
-        write, flush = sys.stdout.write, sys.stdout.flush
-
-    monkeypatch.setattr(sys, "stdout", Output())
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as end:
-        utils.run_script(lambda: None)
-    assert end.value.code == 0 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_path_that_cannot_be_written_is_named(forks, tmp_path):
