@@ -13,6 +13,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import md5
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -515,6 +516,24 @@ def test_only_what_is_in_the_folder_for_its_owner(tmp_path, capfd):
     (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(FileNotFoundError, match=r"lost\.png"):
         folder.list_images(tmp_path)
+
+
+def test_a_failure_of_the_machine_is_not_remembered(tmp_path, monkeypatch):
+    """No memory ends the start; without its decoder an image is skipped until there is one."""
+    names = ("a.png", "b.jpg", "c.png")
+    kinds = {"png": "PNG", "jpg": "JPEG"}
+    files = {name: trees.picture(RNG, (16, 16), kind=kinds[name[2:]]) for name in names}
+    data_dir = write_folder(tmp_path / "train", {f"ant/{name}": files[name] for name in names})
+    with monkeypatch.context() as patch:
+        patch.delattr(Image.core, "jpeg_decoder")
+        assert [*pixels_of(data_dir)] == ["ant/a.png", "ant/c.png"]
+    assert [*pixels_of(data_dir)] == [f"ant/{name}" for name in names]
+    write_folder(tmp_path / "test" / "bee", files)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(UserError, match=r"memory(?!.*batch)"):
+            create("folder", tmp_path)
+    assert folder.load(tmp_path).train.shape[0] == 3
 
 
 def test_folder_with_broken_images(tmp_path):
