@@ -64,7 +64,7 @@ def selected(data, name, folder):
     args = arguments("--query-strategy", name, *more)
     run = Run(args, torch.device("cpu"), data, detector=True)
     detector = run.train("detector", data.num_known + 1, run.split.labeled)
-    return run.query(run.split, detector, detector)
+    return run.query(run.split._replace(pool=run.split.pool[:301]), detector, detector)
 
 
 def trained(data, images, fixed_batchnorm):
