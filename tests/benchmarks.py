@@ -29,6 +29,7 @@ from types import ModuleType
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +38,7 @@ from torchvision import transforms
 import AL_center_temperature
 import models
 from datasets import DATASETS
+from datasets.encoder import Encoder
 from datasets.raw import Raw
 from experiment.run import generator
 from models import Objective, Settings, augment, parallel, training
@@ -335,6 +337,61 @@ def cifar_sized_round(turns: int, model: str) -> None:
     add_row(f"{what}: outside the networks", "s", outside, whole, "<= 0.03")
 
 
+def embeddings_run(folder: str, count: int, width: int) -> tuple[float, float]:
+    """Run LfOSA as published, ten rounds, on `count` random vectors of 100 clusters.
+
+    Returns the peak memory above the imported libraries in GB, and the seconds of the run.
+    """
+    rng, data = np.random.default_rng(0), Path(folder)
+    centers = 0.22 * rng.standard_normal((100, width), dtype=np.float32)
+    for part, n in (("train", count), ("test", count // 5)):
+        labels = np.arange(n) % 100
+        rows = centers[labels] + rng.standard_normal((n, width), dtype=np.float32)
+        np.save(data / f"{part}.npy", rows.astype(np.float16))
+        np.save(data / f"{part}_labels.npy", labels)
+    del rows
+    libraries = peak_memory()
+    settings = f"--dataset embeddings --data-dir {folder} --save-dir {folder}/log --known-class 20"
+    sys.argv = ["LfOSA", *settings.split(), "--query-batch", str(count * 3 // 100)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        taken = seconds(AL_center_temperature.main)
+    return max(0.0, peak_memory() - libraries), taken
+
+
+def embeddings(quick: bool) -> None:
+    """Measure a whole run on embeddings: time and memory."""
+    count, width = (2_000, 64) if quick else (50_000, 1_280)
+    with tempfile.TemporaryDirectory() as folder, process() as fresh:
+        memory, taken = fresh(embeddings_run, folder, count, width)
+    what = f"LfOSA, ten rounds on {count:,} x {width:,} embeddings"
+    add_row(what, "s", [taken], goal="" if quick else "<= 240")
+    add_row(f"{what}: memory above the libraries", "GB", [memory], goal="<= 1.2")
+
+
+def encoding(turns: int, count: int) -> None:
+    """Measure an encoder with random weights beside torchvision's network in a plain loop."""
+    network = torchvision.models.resnet18().eval()
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    coder = Encoder("resnet18", DEVICE, Path(), fitted=False)
+    coder._network = lambda: (
+        torch.nn.Sequential(*[*network.children()][:-1], torch.nn.Flatten()),
+        512,
+    )
+
+    @torch.no_grad()
+    def plain() -> None:
+        network.to(DEVICE)
+        for begin in range(0, count, 32):
+            part = torch.from_numpy(images[begin : begin + 32]).to(DEVICE).permute(0, 3, 1, 2)
+            network(coder.transforms(part)).cpu()
+
+    samples = in_turn(
+        turns, *(partial(seconds, call) for call in (partial(coder.apply, images), plain))
+    )
+    rates = [[count / s for s in each] for each in samples]
+    add_row("encoding, resnet18 at 224 pixels, against a plain loop", "images/s", *rates, ">= 1")
+
+
 def start(turns: int) -> None:
     """Measure the time until digits has done the backward pass of its first training step."""
 
@@ -360,7 +417,7 @@ def main() -> None:
     text = "two minutes instead of twenty: fewer and smaller samples, a smaller network in the "
     text += "round, no strategy that reads more than logits, no --compile"
     parser.add_argument("--quick", action="store_true", help=text)
-    names = ["augmentation", "networks", "selection", "round", "start"]
+    names = ["augmentation", "networks", "selection", "round", "start", "embeddings", "encoding"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
     args = parser.parse_args()
     quick, only = args.quick, args.only
@@ -389,6 +446,10 @@ def main() -> None:
             cifar_sized_round(*((1, "resnet20") if quick else (2, "resnet18")))
         if "start" in only:
             start(2 if quick else 5)
+        if "embeddings" in only:
+            embeddings(quick)
+        if "encoding" in only:
+            encoding(*((2, 64) if quick else (5, 256)))
 
 
 if __name__ == "__main__":
