@@ -108,10 +108,6 @@ def test_a_bug_in_a_strategy_ends_with_its_traceback(forks, tmp_path, error):
 # Checkpoints that cannot be gone on with
 
 
-def __reduce__(self):
-    return os.mkdir, ("trace",)
-
-
 def flipped(content):
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

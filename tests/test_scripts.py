@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -340,6 +341,17 @@ def test_resumed_with_another_number_of_threads_it_goes_on_and_says_so(forks, tm
     for ran in (alike, other):
         assert_ends_well(ran)
         assert ("note" in ran.stdout) == (ran is other)
+
+
+def test_a_notebooks_output_and_interruptions_are_left_as_they_were(monkeypatch):
+    class Output:  # has no `reconfigure`
+        write, flush = sys.stdout.write, sys.stdout.flush
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(lambda: None)
+    assert end.value.code == 0 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_path_that_cannot_be_written_is_named(forks, tmp_path):

@@ -242,6 +242,17 @@ def test_sheets_of_other_countries(tmp_path, capsys, encoding, names):
         sheets.read(tmp_path, IMAGES, encoding="nonsense")
 
 
+def test_labels_that_differ_in_case_are_one_class_and_said(tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text(
+        "file,label\na.png,Cat\nb.png,cat\nc.png,Straße\nd.png,STRASSE\ne.png,Unknown\nf.png,dog\n",
+        encoding="utf-8",
+    )
+    assert sheets.read(tmp_path, IMAGES).classes == ("Cat", "Straße", "dog")
+    out = capsys.readouterr().out
+    assert all(repr(name) in out for name in ("Cat", "cat", "Straße", "STRASSE"))
+    assert "dog" not in out and len(out.splitlines()) == 1
+
+
 def test_names_that_a_spreadsheet_takes_for_formulas(tmp_path):
     """Typed with or without an apostrophe; written so that no cell begins like a formula."""
     images = ["=a.png", "+b.png", "-c.png", "@d.png", "'=e.png", "in/=f.png"]
