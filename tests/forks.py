@@ -2,23 +2,29 @@
 
 Apart from that a fork is what a shell starts: it has its own arguments, working folder and
 output, and runs the script as __main__. So a test can start, and kill, as many as it likes.
+Only forks know `--dataset few`, a quarter of the digits, and `--model tiny`, two residual blocks.
 """
 
 import gc
 import importlib
 import json
 import os
+import pickle
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE, LFOSA = "AL_center.py", "AL_center_temperature.py"
-UNTRAINED = "--use-cpu --max-epoch 0 --query-strategy random --max-query 2".split()
+TORCHRUN = "torchrun"  # in place of a script: torchrun, whose workers are forks as well
+SMALL = "--use-cpu --dataset few --model tiny".split()
+UNTRAINED = [*SMALL, *"--max-epoch 0 --query-strategy random --max-query 2".split()]
+FEW = ("train", "train_labels", "test", "test_labels")
 LIMIT = 300  # seconds after which a fork that hangs is killed
 
 
@@ -47,7 +53,8 @@ class Forks:
 
         before: Python source that the fork runs first, to change what the script will meet.
         """
-        argv = [str(ROOT / script), *map(str, arguments)]
+        script = script if script == TORCHRUN else ROOT / script
+        argv = [str(script), *map(str, arguments)]
         return self._ask(cwd=str(cwd), argv=argv, before=before)
 
     def wait(self, pid):
@@ -79,10 +86,10 @@ module.{function} = replacement
 """
 
 
-def at_write(suffix, number, action):
-    """Source for Forks: do `action` where NAME.suffix is complete, but not yet in its place."""
+def at_write(ending, number, action):
+    """Source for Forks: do `action` where NAME`ending` is complete, but not yet in its place."""
     path = "str(args[1]).replace('model.pt', 'model')"  # it is no other .pt
-    which = f"{path}.endswith('.{suffix.replace('model.pt', 'model')}')"
+    which = f"{path}.endswith('{ending.replace('model.pt', 'model')}')"
     return at("os", "replace", number, action, which)
 
 
@@ -97,6 +104,12 @@ KILL = send(signal.SIGKILL)
 def results(folder):
     """The content of the files that a run is for."""
     return {suffix: find(folder, suffix).read_bytes() for suffix in ("pkl", "queries.json")}
+
+
+def read(folder):
+    """Log and queries of the run in `folder`."""
+    log, queries = results(folder).values()
+    return pickle.loads(log), json.loads(queries)
 
 
 def find(folder, suffix):
@@ -119,11 +132,25 @@ def assert_one_line(ran, *parts):
         assert part in ran.stderr, ran
 
 
+def small():
+    """Make `few` and `tiny` known."""
+    datasets = importlib.import_module("datasets")
+    resnet = importlib.import_module("models.resnet")
+    digits = datasets.DATASETS["digits"]
+    raw = digits.load(None)
+    few = raw._replace(**{name: getattr(raw, name)[: len(getattr(raw, name)) // 4] for name in FEW})
+    settings = digits.defaults | {"query_batch": 20}
+    datasets.DATASETS["few"] = digits._replace(load=lambda _: few, defaults=settings)
+    resnet.NETWORKS["tiny"] = (resnet.BasicBlock, (8, 16), (1, 1))
+    importlib.import_module("models").NETWORKS.append("tiny")
+
+
 def serve():
     """Fork for every request on stdin that asks for a script, until stdin is closed."""
     for name in ("utils", "sklearn.datasets", "sklearn.model_selection", "tensorboardX"):
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)  # threads do not survive a fork
+    small()
     gc.freeze()  # or every fork copies all of this on its first collection
     started = {}
     print("ready", flush=True)
@@ -141,22 +168,25 @@ def serve():
             files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
             reply = os.fork()
             if reply == 0:
-                run(files, **request)
+                os.chdir(request["cwd"])
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                for number, file in enumerate(files, 1):
+                    os.dup2(file.fileno(), number)
+                run(request["argv"], request["before"])
             started[reply] = (request["argv"], *files)
         print(json.dumps(reply), flush=True)
 
 
-def run(files, cwd, argv, before):
+def run(argv, before=""):
     """In the fork: become the script, without the interpreter's clean-up, slow in a fork."""
     signal.alarm(LIMIT)
-    os.chdir(cwd)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, file in enumerate(files, 1):
-        os.dup2(file.fileno(), number)
     sys.argv = argv
     try:
         exec(before, {})
-        runpy.run_path(argv[0], run_name="__main__")
+        if argv[0] == TORCHRUN:
+            torchrun()
+        else:
+            runpy.run_path(argv[0], run_name="__main__")
         status = 0
     except SystemExit as end:
         status = end.code
@@ -166,6 +196,39 @@ def run(files, cwd, argv, before):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def torchrun():
+    """torchrun, with forks of this process for the interpreters that it starts."""
+    main = importlib.import_module("torch.distributed.run").main
+    name = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+    importlib.import_module(name).Popen = Worker
+    main()
+
+
+class Worker:
+    """What torchrun needs of a subprocess.Popen; the process is named after its rank."""
+
+    def __init__(self, args, env, **_):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.update(env)
+            Path("/proc/self/comm").write_text(f"rank{env['RANK']}")
+            run([*args[2:]])  # the words after `python -u`
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Run by torchrun, this file is also the program of the processes: see `program`.
 """
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import LFOSA, ROOT, SMALL, TORCHRUN, assert_one_line
 
 import AL_center_temperature
 import datasets
@@ -27,10 +27,9 @@ from errors import UserError
 from experiment.run import Run, generator
 from models import CenterLoss, Objective, Settings, parallel
 
-ROOT = Path(__file__).resolve().parent.parent
-LFOSA = str(ROOT / "AL_center_temperature.py")
 TINY = ["--use-cpu", "--no-tensorboard", "--checkpoint-seconds", "0"]
-RUN = [*TINY, "--max-query", "5", "--max-epoch", "5"]
+RUN = [*TINY, *SMALL, *"--max-query 6 --max-epoch 8 --batch-size 16".split()]
+TWO = ["--standalone", "--nproc-per-node=2"]
 POOLS = [1, 64, 65, 200]  # images, in batches of 64: some ranks have none
 BATCHES = [32, 7, 1]  # images: equal shares, unequal ones, and a rank without one
 FIELDS = ("features", "logits", "mc_logits")
@@ -65,7 +64,7 @@ def selected(data, name, folder):
     args = arguments("--query-strategy", name, *more)
     run = Run(args, torch.device("cpu"), data, detector=True)
     detector = run.train("detector", data.num_known + 1, run.split.labeled)
-    return run.query(run.split, detector, detector)
+    return run.query(run.split._replace(pool=run.split.pool[:301]), detector, detector)
 
 
 def trained(data, images, fixed_batchnorm):
@@ -120,44 +119,39 @@ def program(folder):
 # ---- starting, watching and ending torchrun -----------------------------------------------------
 
 
-class Torchrun(subprocess.Popen):
+class Torchrun:
     """torchrun with the given words in a `with`, which ends all its processes."""
 
-    def __init__(self, folder, *words, **env):
-        # TMPDIR: torchrun leaves its logs there.
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-        command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
-        self.told = Path(folder, f"output{time.monotonic_ns()}")
-        with open(self.told, "w") as file:
-            options = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": folder}
-            super().__init__(command, env=os.environ | env, **options)
+    def __init__(self, forks, folder, *words, before=""):
+        before += "\nimport os, tempfile; tempfile.tempdir = os.getcwd()"  # of torchrun's logs
+        self.forks, self.pid = forks, forks.start(folder, TORCHRUN, *words, before=before)
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *_):
-        for pid in [*self.workers().values(), self.pid]:
-            with contextlib.suppress(ProcessLookupError):
+        if self.pid:
+            for pid in [*self.workers().values(), self.pid]:
                 os.kill(pid, signal.SIGKILL)
-        self.wait()
+            print(self.ended())
 
     def workers(self):
-        """Process ids by rank."""
-        found = {}
-        with contextlib.suppress(OSError):  # ended in between
-            children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-            for pid in children.read_text().split():
-                rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())
-                found |= {int(rank[1]): int(pid)} if rank else {}
-        return found
-
-    def until(self, condition):
-        """Wait until `condition` holds."""
-        end = time.monotonic() + 200
-        while not condition():
-            assert self.poll() is None and time.monotonic() < end, self.told.read_text()
-            time.sleep(0.02)
+        """Process ids by name, rank0 or rank1."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return {Path(f"/proc/{pid}/comm").read_text().strip(): int(pid) for pid in children}
 
     def ended(self):
-        """Wait for the exit status and the output."""
-        return self.wait(200), self.told.read_text()
+        """Wait for its end."""
+        pid, self.pid = self.pid, None
+        return self.forks.wait(pid)
+
+
+def until(condition):
+    """Wait until `condition` holds."""
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def read(folder, suffix):
@@ -174,15 +168,15 @@ def inside_round(folder, done):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(forks, tmp_path_factory):
     """What two processes find, and where they left a run that was stopped by SIGTERM."""
     folder = tmp_path_factory.mktemp("pair")
-    with Torchrun(folder, "--standalone", "--nproc-per-node=2", __file__, folder) as torchrun:
-        torchrun.until(lambda: inside_round(folder / "stopped", 1))
-        torchrun.send_signal(signal.SIGTERM)
-        _, output = torchrun.ended()
+    with Torchrun(forks, folder, *TWO, __file__, folder) as torchrun:
+        until(lambda: inside_round(folder / "stopped", 1))
+        os.kill(torchrun.pid, signal.SIGTERM)
+        ran = torchrun.ended()
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return folder, output, ranks
+    return folder, ran.stdout, ranks
 
 
 # ---- two processes compute what one does --------------------------------------------------------
@@ -247,45 +241,45 @@ def test_ranks_end_training_with_the_same_weights_and_statistics(pair):
 def stopped_well(folder, output):
     """Assert that a run has been stopped after an epoch, and that one line says how it goes on."""
     state = torch.load(next(folder.glob("*.pt")), weights_only=True)
-    assert len(pickle.loads(read(folder, ".pkl"))["Acc"]) == state["round"] < 5
+    assert len(pickle.loads(read(folder, ".pkl"))["Acc"]) == state["round"] < 6
     (line,) = (line for line in output.splitlines() if line.startswith("stopped"))
     assert "torchrun" in line
 
 
-def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(pair, tmp_path):
+def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(
+    forks, pair, tmp_path
+):
     folder, output, _ = pair
     run, whole = folder / "stopped", folder / "whole"
-    assert output.count("finished after 5 rounds") == 1  # of the uninterrupted run, by rank 0 alone
+    assert output.count("finished after 6 rounds") == 1  # of the uninterrupted run, by rank 0 alone
     stopped_well(run, output)  # by SIGTERM
-    words = [LFOSA, *RUN, "--save-dir", run, "--resume"]
+    words = [*RUN, "--save-dir", run, "--resume"]
 
     # A killed process is restarted; SIGUSR1, Slurm's before a time limit, stops the run.
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    options += ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
-    with Torchrun(tmp_path, *options, *words) as torchrun:
-        torchrun.until(lambda: inside_round(run, 2))
-        os.kill(torchrun.workers()[1], signal.SIGKILL)
-        torchrun.until(lambda: inside_round(run, 3))
-        torchrun.send_signal(signal.SIGUSR1)
-        stopped_well(run, torchrun.ended()[1])
+    options = [*TWO, "--max-restarts=1", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+    with Torchrun(forks, tmp_path, *options, ROOT / LFOSA, *words) as torchrun:
+        until(lambda: inside_round(run, 2))
+        os.kill(torchrun.workers()["rank1"], signal.SIGKILL)
+        until(lambda: inside_round(run, 3))
+        os.kill(torchrun.pid, signal.SIGUSR1)
+        stopped_well(run, torchrun.ended().stdout)
 
     # One process goes nowhere with it.
-    alone = [sys.executable, *map(str, words)]
-    refused = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2 and "processes" in refused.stderr
+    assert_one_line(forks.run(tmp_path, LFOSA, *words), "processes")
 
     # Two machines, of which each has its own torchrun.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d"]
-    options.append(f"--rdzv-endpoint=127.0.0.1:{port}")
-    machine = partial(Torchrun, tmp_path, *options, *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    options += [f"--rdzv-endpoint=127.0.0.1:{port}", ROOT / LFOSA, *words]
+    before = "import os; os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'"
+    machine = partial(Torchrun, forks, tmp_path, *options, before=before)
     with machine() as one, machine() as two:
-        one.until(lambda: inside_round(run, 4) and one.workers() and two.workers())
-        os.kill((one.workers() | two.workers())[1], signal.SIGKILL)
+        until(lambda: inside_round(run, 4) and one.workers() and two.workers())
+        os.kill((one.workers() | two.workers())["rank1"], signal.SIGKILL)
         ended = one.ended(), two.ended()
-    assert [status for status, _ in ended] == [0, 0], ended
+    assert [ran.returncode for ran in ended] == [0, 0], ended
 
     for suffix in (".pkl", ".queries.json"):
         assert read(run, suffix) == read(whole, suffix)
@@ -294,22 +288,34 @@ def test_stopped_killed_and_restarted_the_log_is_that_of_an_uninterrupted_run(pa
 # ---- processes that fail ------------------------------------------------------------------------
 
 
-DIVERGES = [LFOSA, *TINY, "--lr-model", "1e30"]  # in both processes alike
+def told(ran):
+    """The line of whoever failed; it ended all. ChildFailedError says no more."""
+    assert ran.returncode != 0
+    (line,) = set(re.findall(r"(?:error|Error): (.+)", ran.stdout + ran.stderr))
+    return line
 
 
-@pytest.mark.parametrize(("words", "text"), [(DIVERGES, "diverged"), ([__file__], "of rank 1")])
-def test_a_process_that_fails_tells_it_in_one_line_and_ends_all(tmp_path, words, text):
-    with Torchrun(tmp_path, "--standalone", "--nproc-per-node=2", *words) as torchrun:
-        status, output = torchrun.ended()
-    assert status != 0
-    (told,) = set(re.findall(r"(?:error|Error): (.+)", output))  # ChildFailedError says no more
-    assert text in told
+def test_a_run_that_diverges_tells_it_in_one_line(forks, tmp_path):
+    with Torchrun(forks, tmp_path, *TWO, ROOT / LFOSA, *RUN, "--lr-model", "1e30") as torchrun:
+        assert "diverged" in told(torchrun.ended())
 
 
-def as_of_torchrun(monkeypatch, rank=0, **env):
+def test_a_process_that_fails_alone_ends_all(tmp_path):
+    """Started from a shell: no fork."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "torch.distributed.run", *TWO, __file__]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "of rank 1" in told(ran)
+
+
+def of_torchrun(rank):
     """The environment of one of two processes that torchrun starts on a machine."""
-    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **env}
-    for name, value in {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def setenv(monkeypatch, env):
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
 
 
@@ -322,7 +328,7 @@ def test_what_a_cluster_sets_without_torchrun_is_not_torchrun(monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_tells_a_mistyped_argument(monkeypatch, capsys, rank):
-    as_of_torchrun(monkeypatch, rank)
+    setenv(monkeypatch, of_torchrun(rank))
     with pytest.raises(SystemExit) as ended:
         arguments("--seed", "x")
     assert ended.value.code == 2
@@ -338,10 +344,21 @@ REFUSED = {  # arguments and surroundings
 }
 
 
+@pytest.mark.parametrize("strategy", ["EAOA", "EOAL"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_method_for_one_process_is_refused_before_any_file_is_written(
+    forks, tmp_path, strategy, rank
+):
+    before = f"import os; os.environ.update({of_torchrun(rank)})"
+    ran = forks.run(tmp_path, LFOSA, *RUN, "--query-strategy", strategy, before=before)
+    assert_one_line(ran, strategy, "torchrun")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("part", REFUSED)
 def test_refused_under_torchrun(monkeypatch, part):
     """Of two devices the third is wanted; several machines could not be restarted."""
-    as_of_torchrun(monkeypatch, **SEVERAL)
+    setenv(monkeypatch, of_torchrun(0) | SEVERAL)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: part == "--gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = arguments(*REFUSED[part])

@@ -3,13 +3,15 @@
 import csv
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from forks import BASELINE, LFOSA, assert_ends_well, assert_one_line, at, find
+from forks import BASELINE, KILL, LFOSA, assert_ends_well, assert_one_line, at_write, find, read
 from PIL import Image
+from test_own_images import read as answered
 from test_scripts import parse  # noqa: F401
 from torch import nn
 from trees import class_folders, picture, write_folder
@@ -21,7 +23,6 @@ from datasets import digits
 from datasets.encoder import Encoder
 from errors import UserError
 from models import vectors
-from query_strategies import STRATEGIES
 
 CPU = torch.device("cpu")
 OURS = "--use-cpu --no-tensorboard --dataset embeddings --data-dir vectors".split()
@@ -42,10 +43,6 @@ def save(folder, dtype=np.float16, count=None):
         np.save(folder / f"{part}.npy", vectors)
         np.save(folder / f"{part}_labels.npy", names[labels[:count]])
     return folder
-
-
-def read(home):
-    return pickle.loads(find(home, "pkl").read_bytes()), find(home, "queries.json").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -92,7 +89,9 @@ def test_lfosa_finds_known_classes(forks, tmp_path):
     assert 100 * right.mean() == pytest.approx(read(tmp_path / "random")[0]["Acc"][2])
 
 
-RUNS = [(LFOSA, name) for name in STRATEGIES] + [(BASELINE, "BALD"), (BASELINE, "OpenMax")]
+# Together they read all that a strategy can.
+RUNS = [(LFOSA, name) for name in ("BADGE", "Coreset", "EAOA", "EOAL")]
+RUNS += [(BASELINE, "BALD"), (BASELINE, "OpenMax")]
 
 
 @pytest.mark.parametrize(("script", "strategy"), RUNS)
@@ -101,18 +100,6 @@ def test_every_strategy(forks, tmp_path, script, strategy):
     more = ["--max-epoch", "2", "--query-strategy", strategy, "--mc-samples", "3"]
     assert_ends_well(forks.run(tmp_path, script, *SMALL, *more))
     assert list(read(tmp_path)[0]["Precision"]) == [0, 1]
-
-
-def test_stopped_and_resumed_to_the_last_bit(forks, tmp_path):
-    words = [*SMALL, "--query-strategy", "BALD", "--max-epoch", "4", "--feat-dim", "8"]
-    words += ["--batch-size", "16", "--checkpoint-seconds", "0", "--weight-cent", "0.01"]
-    for home in ("whole", "stopped"):
-        save(tmp_path / home / "vectors", np.float32, 200)
-    assert_ends_well(forks.run(tmp_path / "whole", LFOSA, *words))
-    stop = at("torch.optim:SGD", "step", 13, "os.kill(os.getpid(), signal.SIGTERM)")
-    assert forks.run(tmp_path / "stopped", LFOSA, *words, before=stop).returncode == 128 + 15
-    assert_ends_well(forks.run(tmp_path / "stopped", LFOSA, *words, "--resume"))
-    assert read(tmp_path / "whole") == read(tmp_path / "stopped")
 
 
 def spoil(name, change):
@@ -150,24 +137,7 @@ def test_bad_files_are_one_line(forks, tmp_path, fault):
     assert_one_line(ran, *told)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--image-size 8",
-        "--augment-pool",
-        "--no-rotation",
-        "--model resnet20",
-        f"--encoder {ENCODER}",
-    ],
-)
-def test_flags_without_meaning(forks, tmp_path, flags):
-    ran = forks.run(tmp_path, LFOSA, *SMALL, *flags.split())
-    assert_one_line(ran, flags.split()[0].replace("--no-", "--"))
-
-
-def test_encoders_are_named(forks, tmp_path, parse):  # noqa: F811
-    assert_one_line(forks.run(tmp_path, LFOSA, "--model", "mlp"), "--encoder")
-    assert_one_line(forks.run(tmp_path, LFOSA, "--encoder", "resnet5"), "resnet50")
+def test_encoders_are_named(parse):  # noqa: F811
     for name in ("vit_b_16", "resnet50"):
         args = parse(True, "--encoder", name, "--dataset", "cifar100")
         run = plot.parse_name(f"mlp_cifar100_seed1_random{args.settings}.pkl")
@@ -181,11 +151,6 @@ def test_encoders_are_named(forks, tmp_path, parse):  # noqa: F811
 def sheet(path, rows):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-
-
-def asked(path):
-    with path.open(encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_person_labels_sentences(forks, tmp_path):
@@ -206,7 +171,7 @@ def test_a_person_labels_sentences(forks, tmp_path):
     sheet(folder / "test.csv", [("file", "label"), *((x, y) for x, y in tests if y in "01")])
     words = [*OURS, "--max-epoch", "20", "--query-batch", "30"]
     assert forks.run(tmp_path, LFOSA, *words).returncode == 0
-    rows = asked(folder / "query_1.csv")
+    rows = answered(folder / "query_1.csv")
     assert len(rows) == 30
     for row in rows:
         i = names.index(row["file"])
@@ -219,11 +184,36 @@ def test_a_person_labels_sentences(forks, tmp_path):
     sheet(folder / "query_1.csv", [("file", "label"), *answers])
     items(400)  # some came later
     assert forks.run(tmp_path, LFOSA, *words).returncode == 0
-    again = [row["file"] for row in asked(folder / "query_2.csv")]
+    again = [row["file"] for row in answered(folder / "query_2.csv")]
     assert not {*again} & {name for name, _ in [*answers, *labeled]}
     assert any(names.index(name) >= 300 for name in again)
     [log] = tmp_path.glob("log_AL/*.pkl")
     assert pickle.loads(log.read_bytes())["Precision"] == {0: pytest.approx(known)}
+
+
+def test_new_embeddings_begin_an_open_round_again_and_keep_the_answers(forks, tmp_path):
+    """As in a twin of the folder in which the round was never begun with the old ones."""
+    begun, waiting = tmp_path / "begun", tmp_path / "waiting"
+    folder, raw = begun / "vectors", digits.load(None)
+    folder.mkdir(parents=True)
+    rows, labels = raw.train[:60, ..., 0].reshape(60, 64) / 255, raw.train_labels[:30]
+    np.save(folder / "embeddings.npy", rows)
+    sheet(folder / "items.csv", [("file",), *((i,) for i in range(60))])
+    known = [(i, label) for i, label in enumerate(labels) if label < 2]
+    sheet(folder / "labels.csv", [("file", "label"), *known])
+    command = [LFOSA, *OURS, *"--max-epoch 2 --query-batch 4 --checkpoint-seconds 0".split()]
+    assert forks.run(begun, *command).returncode == 0
+    asked_first = [(row["file"], "unknown") for row in answered(folder / "query_1.csv")]
+    sheet(folder / "query_1.csv", [("file", "label"), *asked_first])
+    shutil.copytree(begun, waiting)
+    assert forks.run(begun, *command, before=at_write(".pt", 3, KILL)).returncode == -9
+    for home in (begun, waiting):
+        np.save(home / "vectors/embeddings.npy", rows**2)
+        assert forks.run(home, *command).returncode == 0
+    for name in ("query_1.csv", "query_2.csv"):
+        assert (folder / name).read_bytes() == (waiting / "vectors" / name).read_bytes()
+    assert len(answered(folder / "query_2.csv")) == 4
+    assert [(row["file"], row["label"]) for row in answered(folder / "query_1.csv")] == asked_first
 
 
 BAD_ITEMS = {
@@ -332,6 +322,35 @@ def test_no_network_and_no_weights(forks, tmp_path):
     assert_one_line(ran, name, str(tmp_path / "hub" / "checkpoints"), weights.url)
 
 
+OTHER_NAME = f"""
+import torchvision
+torchvision.models.get_model_weights("{ENCODER}").DEFAULT._name_ = "IMAGENET1K_V9"
+"""
+
+
+def test_a_run_never_mixes_the_embeddings_of_two_weights(forks, tmp_path):
+    """Resumed after the weights' file was replaced it reads the embeddings that are there; with
+    weights of another name it is refused."""
+    write_folder(tmp_path / "pictures", class_folders(*"abcd"))
+    home = f"import os; os.environ['TORCH_HOME'] = {str(tmp_path)!r}\n"
+    words = "--use-cpu --no-tensorboard --dataset folder --data-dir pictures --max-epoch 2".split()
+    words += ["--init-percent", "40", "--query-batch", "3", "--encoder", ENCODER, "--save-dir"]
+
+    def run(name, rounds, before=home):
+        more = [tmp_path / name / "log_AL", "--max-query", rounds, "--resume"]
+        return forks.run(tmp_path, LFOSA, *words, *more, before=before)
+
+    random_weights(tmp_path)
+    for name, rounds in (("whole", 3), ("resumed", 2)):
+        assert run(name, rounds).returncode == 0
+    random_weights(tmp_path, seed=1)
+    begun = read(tmp_path / "resumed")
+    assert_one_line(run("resumed", 3, home + OTHER_NAME), "weights", "IMAGENET1K_V9")
+    assert read(tmp_path / "resumed") == begun
+    assert run("resumed", 3).returncode == 0
+    assert read(tmp_path / "resumed") == read(tmp_path / "whole")
+
+
 def test_a_person_labels_encoded_images(forks, tmp_path):
     files = class_folders("cat", "dog", "cow")
     folder = write_folder(tmp_path / "pictures", files)
@@ -343,7 +362,7 @@ def test_a_person_labels_encoded_images(forks, tmp_path):
     words += ["--query-batch", "5", "--max-epoch", "3", "--save-model"]
     ran = forks.run(tmp_path, LFOSA, *words, before=home)
     assert ran.returncode == 0, ran
-    assert len(asked(folder / "query_1.csv")) == 5
+    assert len(answered(folder / "query_1.csv")) == 5
     saved = torch.load(find(tmp_path, "model.pt"))
     assert saved["encoder"] == ENCODER and saved["weights"] == "IMAGENET1K_V1"
     assert saved["mean"].shape == saved["std"].shape == (1024,)

@@ -88,31 +88,20 @@ def assert_same(network, other):
 
 # ---- networks ----------------------------------------------------------------------------------
 
-# Parameters before the head, and entries of the pooled vector. By hand: a k x k convolution from a
-# to b channels has k k a b weights, and a batch norm of 2 b follows it.
-BACKBONES = {
-    "resnet18": (11_168_832, 512),
-    "resnet34": (21_276_992, 512),
-    "resnet50": (23_500_352, 2048),
-    # A quarter of the channels: a 16th of the weights between them, a 4th of all others.
-    "resnet18-narrow": (700_176, 128),
-    "resnet34-narrow": (1_333_328, 128),
-    "resnet50-narrow": (1_479_056, 512),
-    "resnet20": (269_072, 64),
-}
+# Parameters before the head. By hand: a k x k convolution from a to b channels has k k a b weights,
+# and a batch norm of 2 b follows it.
+BACKBONES = {"resnet18": 11_168_832, "resnet34": 21_276_992, "resnet50": 23_500_352}
+# A quarter of the channels: a 16th of the weights between them, a 4th of all others.
+BACKBONES |= {"resnet18-narrow": 700_176, "resnet34-narrow": 1_333_328}
+BACKBONES |= {"resnet50-narrow": 1_479_056, "resnet20": 269_072}
 
 
 @pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_parameter_counts(name):
-    backbone, pooled = BACKBONES[name]
-    for classes, feat_dim in ((10, 0), (20, 2)):
-        with torch.device("meta"):
-            network = models.ResNet(name, classes, feat_dim)
-        features = feat_dim or pooled
-        head = features * classes + classes
-        if feat_dim:
-            head += pooled * feat_dim + feat_dim
-        assert sum(p.numel() for p in network.parameters()) == backbone + head
+    with torch.device("meta"):
+        network = models.ResNet(name, 10, 2)
+    counts = [parameter.numel() for parameter in network.parameters()]
+    assert sum(counts) == BACKBONES[name] + network.pooled_dim * 2 + 2 + 2 * 10 + 10
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -137,8 +126,10 @@ def test_resnet20_has_shortcuts_without_parameters():
         assert torch.equal(y[:, :, i, j], nn.functional.pad(x[:, :, 2 * i, 2 * j], (0, 16)))
 
 
-@pytest.mark.parametrize("synchronized", [False, True])  # as CUDA ranks train
-@pytest.mark.parametrize("name", ALL_NETWORKS)
+CASES = [(name, False) for name in ALL_NETWORKS] + [("tiny", True)]
+
+
+@pytest.mark.parametrize(("name", "synchronized"), CASES)  # synchronized: as CUDA ranks train
 def test_outputs_memory_format_and_folded_batch_norms(name, synchronized):
     network = randomize_statistics(create(name, 4, 2)).eval()
     images = torch.randn(3, 3, 16, 16).to(memory_format=torch.channels_last)

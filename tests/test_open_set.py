@@ -5,14 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_strategies import seeded
 
 import datasets
 from datasets import KnownClasses, digits, open_set
 from errors import UserError
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @st.composite

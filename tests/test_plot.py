@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
 
 import plot
@@ -250,37 +248,15 @@ def test_different_data_with_names_in_any_script_are_different_figures(tmp_path,
     assert capsys.readouterr().out.count("| random | 1 |") == len(names)
 
 
-def test_a_character_without_font_is_told_once_and_an_installed_font_draws_it(tmp_path):
-    log = make_log() | {"Recall": {}, "Acc": {}, "Err": {}}  # makes one figure
-    write(tmp_path / "log_AL", "random", log)
-    theirs = tmp_path / "\U0010fffd"  # for private use: no machine has it
-    write(theirs, "random", log)
-    fonts = tmp_path / "share" / "fonts"
-    fonts.mkdir(parents=True)
-    (fonts / "damaged.ttf").write_bytes(b"no font")
-    surroundings = os.environ | {"XDG_DATA_HOME": str(fonts.parent), "PYTHONIOENCODING": "utf-8"}
-    words = ("--compare", theirs.name, "--out-dir")
-    lacking = run_plot(*words, "lacking", cwd=tmp_path, env=surroundings)
-    triangle = TTGlyphPen(None)
-    for step, place in (("moveTo", (0, 0)), ("lineTo", (900, 0)), ("lineTo", (0, 900))):
-        getattr(triangle, step)(place)
-    triangle.closePath()
-    font = FontBuilder(unitsPerEm=1000)
-    font.setupGlyphOrder([".notdef", "triangle"])
-    font.setupCharacterMap({0x10FFFD: "triangle"})
-    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "triangle": triangle.glyph()})
-    font.setupHorizontalMetrics({".notdef": (1000, 0), "triangle": (1000, 0)})
-    font.setupHorizontalHeader()
-    font.setupNameTable({"familyName": "Triangle", "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(fonts / "triangle.ttf")
-    drawn = run_plot(*words, "drawn", cwd=tmp_path, env=surroundings)
-    boxes, _ = lacking.stderr.splitlines()
-    assert theirs.name in boxes and theirs.name not in drawn.stderr
-    assert len(drawn.stderr.splitlines()) == 1
-    name = "cifar/cifar100_resnet18_init8_known20_precision.png"
-    assert (tmp_path / "drawn" / name).read_bytes() != (tmp_path / "lacking" / name).read_bytes()
+def test_a_character_that_no_font_has_is_told_once(tmp_path, draw, capsys):
+    lacking = tmp_path / "\U0010fffd"  # for private use: no machine has it
+    for folder in (tmp_path / "ours", lacking):
+        write(folder, "random")
+    plot.main(
+        [f"--log-dir={tmp_path / 'ours'}", "--compare", str(lacking), f"--out-dir={tmp_path}"]
+    )
+    told = [line for line in capsys.readouterr().err.splitlines() if lacking.name in line]
+    assert len(told) == 1
 
 
 def test_compared_curves_are_dotted_and_say_where_they_come_from(tmp_path, draw):

@@ -54,7 +54,7 @@ def save(draw, path, rows, verbatim=0):
     path.write_bytes(pick(*encoded))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from([LATIN, OTHERS]), st.sampled_from([0, 1, 2, 11]))
 def test_what_is_read_is_what_was_answered(data, pieces, count):
     """Each image has one true answer, which no sheet, one sheet or several sheets hold."""
@@ -95,7 +95,7 @@ def test_what_is_read_is_what_was_answered(data, pieces, count):
         assert got.precisions().get(number - 1) == (sum(known) / len(known) if known else None)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(st.data(), words([*OTHERS, *"=+-@", "\\", "./", "x "], min_size=3, max_size=12))
 def test_a_written_query_is_filled_in_and_read(data, names):
     """A script fills the sheet in; no later sheet takes its place."""

@@ -129,33 +129,32 @@ def test_contract(name, kind, device):
     if needs_detector(name) and kind.startswith("classifier"):
         pytest.skip("reads the logit of class K")
     make = POOLS[kind]
-    for seed in range(2):
-        size = make(seed).size
-        for count in {1, 2, size // 2, size - 1, size, size + 1, 10 * size} - {0}:
-            given = only_read(name, make(seed), device)
-            before, state = copy.deepcopy(given), global_random_state()
-            positions = select(name, given, count, seeded(seed))
-            assert global_random_state() == state
-            assert all(map(same, given, before))
-            assert positions.dtype == torch.int64
-            assert positions.device.type == "cpu"
-            assert positions.shape == (min(count, size),)
-            assert len(set(positions.tolist())) == len(positions)
-            assert set(positions.tolist()) <= set(range(size))
-            assert torch.equal(positions, select(name, given, count, seeded(seed)))
+    size = make(0).size
+    for seed, count in enumerate({1, 2, size // 2, size - 1, size, size + 1, 10 * size} - {0}):
+        given = only_read(name, make(seed), device)
+        before, state = copy.deepcopy(given), global_random_state()
+        positions = select(name, given, count, seeded(seed))
+        assert global_random_state() == state
+        assert all(map(same, given, before))
+        assert positions.dtype == torch.int64
+        assert positions.device.type == "cpu"
+        assert positions.shape == (min(count, size),)
+        assert len(set(positions.tolist())) == len(positions)
+        assert set(positions.tolist()) <= set(range(size))
+        assert torch.equal(positions, select(name, given, count, seeded(seed)))
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "KMeans"])
 def test_equal_images_have_equal_chances(name):
     """Of images that a strategy cannot tell apart, each generator has others first, at each place
     of the query. For `random` all images are of this kind."""
-    trials, size, count = 400, 8, 3
+    trials, size, count = 150, 8, 3
     given = only_read(name, changed(pool(0, size), torch.ones_like))
     queried = np.zeros((count, size))  # how often each image is queried at each place
     for trial in range(trials):
         chosen = select(name, given, count, seeded(trial)).tolist()
         queried[range(count), chosen] += 1
-    assert abs(queried / trials - 1 / size).max() < 0.083  # 5 standard deviations
+    assert abs(queried / trials - 1 / size).max() < 0.135  # 5 standard deviations
 
 
 # ---- one score per image -----------------------------------------------------------------------
@@ -266,18 +265,6 @@ def test_av_against_plain_mixtures(name):
     assert unknown or name != "AV_temperature"
 
 
-def test_lfosa_takes_known_images_at_random_where_all_are_predicted_unknown():
-    """Then the query has known images in the pool's proportion, and not the surest unknown."""
-    size, known, count, trials = 60, 15, 20, 300
-    logits = torch.randn(size, KNOWN + 1, generator=seeded(0))
-    logits[:, -1] += 20 - 5 * (torch.arange(size) < known)  # least sure of the known images
-    given = PoolOutputs(size, KNOWN, logits=logits)
-    queries = torch.cat([select("AV_temperature", given, count, seeded(i)) for i in range(trials)])
-    share = known / size
-    deviation = math.sqrt(share * (1 - share) / len(queries))  # if drawn with replacement
-    assert abs((queries < known).double().mean() - share) < 4 * deviation
-
-
 # ---- Coreset and BADGE -------------------------------------------------------------------------
 
 
@@ -297,7 +284,7 @@ def test_coreset_against_plain_loops(seed, spread):
 
 
 @pytest.mark.parametrize("copies", [1, 3])  # with 3, draws go on where all distances are 0
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_badge_against_gradients_by_autograd(seed, copies):
     """Gradients of a last layer's weights, image by image, with the prediction as the label."""
     draws, count = seeded(seed), 15 * copies

@@ -1,6 +1,5 @@
 """EAOA and EOAL: each loss, score, clustering and query against a plain computation."""
 
-import io
 import math
 import time
 import warnings
@@ -129,32 +128,26 @@ def test_an_image_on_its_center_has_a_finite_gradient():
     assert features.grad.isfinite().all()
 
 
-# ---- objectives in a training ------------------------------------------------------------------
+# ---- objectives ---------------------------------------------------------------------------------
+
+
+INVALID = [9, 3, 9, *range(15, 33)]
 
 
 class Training:
-    """A linear network whose features are learnt, and a method's objective on it: plain SGD."""
+    """A linear network with a method's objective on its features."""
 
-    def __init__(self, method, invalid):
-        self.network = models.create(
-            "resnet20", KNOWN + 1, FEATURES, seeded(0), torch.device("cpu")
-        )
-        temperature = [0.5] * (KNOWN + 1)
-        self.invalid = torch.tensor(invalid, dtype=torch.int64)
+    def __init__(self, method):
+        device, purposes = torch.device("cpu"), iter(range(9))
+        self.network = models.create("resnet20", KNOWN + 1, FEATURES, seeded(0), device)
         self.inputs = torch.randn(40, self.network.feature_dim, generator=seeded(1))
         self.targets = torch.randint(KNOWN, (40,), generator=seeded(2))
-        self.targets[self.invalid] = KNOWN
-        purposes = iter(range(9))
+        invalid = torch.tensor(INVALID)
+        self.targets[invalid] = KNOWN
         self.objective = method.objective(
-            self.network, temperature, self.invalid, lambda *_: seeded(next(purposes))
+            self.network, [0.5] * (KNOWN + 1), invalid, lambda *_: seeded(next(purposes))
         )
         self.layer = torch.nn.Linear(FEATURES, FEATURES)
-        torch.nn.init.eye_(self.layer.weight)
-        torch.nn.init.zeros_(self.layer.bias)
-        parameters = [*self.layer.parameters(), *self.network.fc.parameters()]
-        optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
-        self.optimizers = [optimizer, *self.objective.optimizers()]
-        self.parts = [self.layer, self.network.fc, self.objective, *self.optimizers]
 
     def features_of(self, indices):
         with torch.inference_mode():
@@ -164,59 +157,12 @@ class Training:
         features = self.layer(self.inputs[index])
         return Batch(index, features, self.network.fc(features), self.targets[index])
 
-    def epoch(self):
-        self.objective.before_epoch(self.features_of)
-        for index in torch.arange(40).split(16):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            (self.objective(self.batch(index)) / len(index)).backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-
-    def state(self):
-        file = io.BytesIO()
-        torch.save([part.state_dict() for part in self.parts], file)
-        return file.getvalue()
-
-    def load(self, state):
-        states = torch.load(io.BytesIO(state), weights_only=True)
-        for part, each in zip(self.parts, states, strict=True):
-            part.load_state_dict(each)
-
-
-INVALID = {"none": [], "one": [7], "few": [30, 2], "many": [9, 3, 9, *range(15, 33)]}
-
-
-@pytest.mark.parametrize("invalid", INVALID)
-@pytest.mark.parametrize("method", [eaoa, eoal])
-def test_training_resumes_to_the_last_bit(method, invalid):
-    whole, first, second = (Training(method, INVALID[invalid]) for _ in range(3))
-    for _ in range(4):
-        whole.epoch()
-    first.epoch()
-    first.epoch()
-    second.load(first.state())
-    second.epoch()
-    second.epoch()
-    assert all(weight.isfinite().all() for weight in whole.objective.parameters())
-    assert second.state() == whole.state()
-    finished = Training(method, INVALID[invalid])
-    finished.load(whole.state())
-    if method is eoal:
-        features = torch.randn(40, FEATURES, generator=seeded(0))
-        outputs = pool(0, known=KNOWN)._replace(features=features)
-        queries = [
-            select("EOAL", outputs._replace(objective=training.objective), 9, seeded(1))
-            for training in (whole, finished)
-        ]
-        assert queries[0].equal(queries[1])
-
 
 @pytest.mark.parametrize("kind", ["both", "labeled", "invalid"])
 @pytest.mark.parametrize("method", [eaoa, eoal])
 def test_objective_is_the_sum_of_its_parts(method, kind):
     """PROTOCOL's means count once per batch, beside the mean of the cross-entropy."""
-    training = Training(method, INVALID["many"])
+    training = Training(method)
     objective, is_invalid = training.objective, training.targets == KNOWN
     objective.before_epoch(training.features_of)
     wanted = {"both": is_invalid | True, "labeled": ~is_invalid, "invalid": is_invalid}[kind]
@@ -325,23 +271,6 @@ def test_eaoa_against_a_transcription_of_the_protocol(seed, invalid, monkeypatch
     for count in (1, 20, 50):
         expected = plain_query(given, count, seeded(seed))
         assert select("EAOA", given, count, seeded(seed)).tolist() == expected
-
-
-@pytest.mark.parametrize("precisions, expected", [((), {2, 6}), ((0.0,) * 3, {1, 4})])
-def test_eaoa_on_a_pool_that_one_can_count(precisions, expected):
-    """Images 0, 1, 4, 5 are surely known. With k = 2 only these are candidates, one per class, and
-    the doubtful ones of them are taken; with k = 5 unknown images are, which are in more doubt."""
-    surely_known = torch.tensor([1, 1, 0, 0, 1, 1, 0, 0]).bool()
-    logits = torch.where(
-        surely_known[:, None], torch.tensor([20.0, 0, 0]), torch.tensor([0, 0, 20.0])
-    )
-    gap = torch.tensor([10.0, 8, 1, 10, 8, 10, 1, 10])
-    classifier = torch.zeros(8, 2)
-    classifier[range(8), [0, 0, 0, 0, 1, 1, 1, 1]] = gap
-    ones = torch.ones(8, 1)
-    outputs = PoolOutputs(8, 2, ones, logits, None, ones, None, torch.arange(8) % 2, ones)
-    outputs = outputs._replace(classifier_logits=classifier, precisions=precisions)
-    assert set(select("EAOA", outputs, 2, seeded(0)).tolist()) == expected
 
 
 # ---- FINCH -------------------------------------------------------------------------------------
