@@ -33,8 +33,8 @@ def load(
         raise UserError(f"cannot write to {items.folder}, where the query sheets go")
     answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
     numbers, broken = items.read()
-    digest = embeddings.digest(numbers)
     numbers = encode(numbers) if encode else numbers
+    digest = embeddings.digest(numbers)
     names = [name for name in items.names if name not in broken]
     pictures = zip(items.names, items.pictures, strict=True)
     position = {name: i for i, name in enumerate(names)}

@@ -45,9 +45,8 @@ class Encoder:
 
     def embed(self, raw: Raw) -> Raw:
         """The data set with the embeddings of its images in their place."""
-        # Of the images: other machines round embeddings in other ways.
-        digest = embeddings.digest(raw.train, raw.test)
-        return raw._replace(train=self.encode(raw.train), test=self.encode(raw.test), digest=digest)
+        train, test = self.encode(raw.train), self.encode(raw.test)
+        return raw._replace(train=train, test=test, digest=embeddings.digest(train, test))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Embeddings (N, D) float16 of (N, H, W, 3) uint8 images, read from a file if there is one.

@@ -68,8 +68,9 @@ class Run:
         self.objectives: dict[str, Objective] = {}  # of this round: network's name -> its own
         self.saved = time.monotonic()
         self.files = RunFiles(Path(args.save_dir) / self.name())
-        self.experiment = {"format": FORMAT, "name": self.files.path.name, "data": data.identity}
+        self.experiment = {"format": FORMAT, "name": self.files.path.name}
         self.experiment["weights"] = data.preprocessing.get("weights")  # of the encoder
+        self.experiment["data"] = data.identity
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
         self.answers, self.threads = data.answers, torch.get_num_threads()

@@ -329,8 +329,8 @@ torchvision.models.get_model_weights("{ENCODER}").DEFAULT._name_ = "IMAGENET1K_V
 
 
 def test_a_run_never_mixes_the_embeddings_of_two_weights(forks, tmp_path):
-    """Resumed after the weights' file was replaced it reads the embeddings that are there; with
-    weights of another name it is refused."""
+    """Resumed after the weights' file was replaced it reads the embeddings that are there; without
+    these, or with weights of another name, it is refused."""
     write_folder(tmp_path / "pictures", class_folders(*"abcd"))
     home = f"import os; os.environ['TORCH_HOME'] = {str(tmp_path)!r}\n"
     words = "--use-cpu --no-tensorboard --dataset folder --data-dir pictures --max-epoch 2".split()
@@ -349,6 +349,9 @@ def test_a_run_never_mixes_the_embeddings_of_two_weights(forks, tmp_path):
     assert read(tmp_path / "resumed") == begun
     assert run("resumed", 3).returncode == 0
     assert read(tmp_path / "resumed") == read(tmp_path / "whole")
+    for file in (tmp_path / "pictures").glob(".lfosa-*.npy"):
+        file.unlink()
+    assert_one_line(run("resumed", 4), "another run")
 
 
 def test_a_person_labels_encoded_images(forks, tmp_path):
