@@ -17,12 +17,15 @@ def first_neighbors(features: Tensor) -> Tensor:
     In float64, because rows of few features are nearer to each other than float32 can tell.
     """
     unit = normalize(features.double())
-    found, rows = [], max(1, BLOCK // len(unit))
-    for begin in range(0, len(unit), rows):
-        similarity = unit[begin : begin + rows] @ unit.T
+    found = torch.empty(len(unit), dtype=torch.int64, device=unit.device)
+    # One block for all, because a new one each time would not fit where the last one lay.
+    block = unit.new_empty(min(len(unit), max(1, BLOCK // len(unit))), len(unit))
+    for begin in range(0, len(unit), len(block)):
+        part = unit[begin : begin + len(block)]
+        similarity = torch.mm(part, unit.T, out=block[: len(part)])
         similarity.diagonal(begin).fill_(-torch.inf)
-        found.append(similarity.max(1).indices)  # faster than argmax
-    return torch.cat(found)
+        found[begin : begin + len(part)] = similarity.max(1).indices  # faster than argmax
+    return found
 
 
 def partitions(features: Tensor) -> list[np.ndarray]:
