@@ -34,9 +34,9 @@ LIMITS = {"Acc": 100, "Err": 100, "Precision": 1, "Recall": 1}  # key in the log
 FOLDERS = {"cifar10": "cifar", "cifar100": "cifar"}  # of the figures; else dataset.lower()
 MAIN = "AV_temperature EOAL EAOA AV_based random uncertainty certainty Coreset BALD OpenMax".split()
 OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()  # drawn thin
-COLOURS = "C3 C8 black C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
-STYLES = dict(zip(MAIN + OTHERS, zip(COLOURS, "oHps^DvPXp<>hd*", strict=True), strict=True))
-OWN_COLOURS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+1234"  # a user's
+COLORS = "C3 C8 black C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
+STYLES = dict(zip(MAIN + OTHERS, zip(COLORS, "oHps^DvPXp<>hd*", strict=True), strict=True))
+OWN_COLORS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+1234"  # a user's
 DASHES = ("-", "--", "-.", (0, (1, 1, 4, 1, 4, 1)))  # variants of a strategy, in turn
 
 LOG_NAME = re.compile(
@@ -53,7 +53,7 @@ Log = dict[str, dict[int, float]]  # key of LIMITS -> round -> value
 
 
 class Run(NamedTuple):
-    """What a log's file name says. One figure shares five fields, those side by side four."""
+    """What a log's file name says; equal in five fields, runs share a figure, in four a row."""
 
     dataset: str
     init: str  # percent of the known images; like batch and known empty with an annotator
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         logs |= {run: log for run, log in compared.items() if run[:5] in figures}
     use_fonts("".join(run.dataset + run.folder + "".join(run.traits) for run in logs))
     own = enumerate(sorted({run.strategy for run in logs} - STYLES.keys()))
-    styles = STYLES | {name: (OWN_COLOURS[i % 5], OWN_MARKERS[i % 6]) for i, name in own}
+    styles = STYLES | {name: (OWN_COLORS[i % 5], OWN_MARKERS[i % 6]) for i, name in own}
     report, families = [], sorted({run[:4] for run in logs})
     folders = [Path(args.out_dir, FOLDERS.get(f[0], f[0].lower())) for f in families]
     for family, folder in zip(families, folders, strict=True):

@@ -65,7 +65,7 @@ PERCENT, RATE = number(float, 0, 100, above=True), number(float, 0, 1, above=Tru
 TEMPERATURE = number(float, 1e-30, 1e30)  # float32 goes a little further
 
 
-# What a run's name tells in its published part, or what does not change the experiment.
+# Not repeated at the end of a run's name: they are in its first part, or change no experiment.
 NAMED = "dataset data_dir query_strategy known_class init_percent query_batch max_query seed model"
 
 
@@ -87,7 +87,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     defaults = vars(models.Settings()) | vars(chosen) | DATASETS[chosen.dataset].defaults
     defaults |= PROTOCOLS[chosen.protocol].defaults
     if chosen.encoder or chosen.dataset == "embeddings":
-        defaults |= MLP_DEFAULTS | {"encoder": None}
+        defaults |= MLP_DEFAULTS | {"encoder": None}  # so that --encoder shows in the run's name
     defaults |= getattr(STRATEGIES[chosen.query_strategy], "DEFAULTS", {})
     parser = Parser(
         usage="%(prog)s [--dataset NAME] [--query-strategy NAME] [--seed N] [--resume] ...",

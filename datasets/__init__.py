@@ -22,7 +22,7 @@ from models.vectors import Embeddings
 
 from . import annotator, cifar, digits, embeddings, folder, tiny_imagenet
 from .encoder import Encoder
-from .folder import Fit
+from .folder import Crop
 from .open_set import Split
 from .raw import Raw
 from .sheets import Sheets
@@ -97,7 +97,7 @@ class OpenSetData(NamedTuple):
 
     name: str  # as it stands in a log's name
     train: Images | Embeddings
-    targets: Tensor  # (N,) int64 on the device, 0..K
+    targets: Tensor  # (N,) int64 on the device, 0..K; of an annotator's, K also: not labeled yet
     known: Tensor  # (N,) bool on the CPU: targets < K
     test: Images | Embeddings  # those of the known classes only
     test_targets: Tensor  # (M,) int64 on the device, 0..K-1
@@ -105,10 +105,10 @@ class OpenSetData(NamedTuple):
     num_known: int  # K
     preprocessing: dict  # mean and std; the encoder and its weights
     identity: str  # a hash of the data, or the name of an annotator's folder
-    names: tuple[str, ...] = ()  # of the training images, if they are files of the user's
+    names: tuple[str, ...] = ()  # of the training images or items, if a person is the oracle
     sheets: Sheets | None = None  # what a person has answered, if one is the oracle
     split: Split | None = None  # who is labeled, invalid and in the pool by these answers
-    answers: str = ""  # hex digits that change with the answers or the pool
+    answers_digest: str = ""  # hex digits that change with the answers or the pool
     left_out: dict[str, str] = {}  # noqa: RUF012  # name -> fault of unreadable images
     folder: Path | None = None  # where the annotator's sheets are
     columns: dict[str, list[str]] = {}  # noqa: RUF012  # what else these tell of training images
@@ -134,8 +134,8 @@ def create(
     """
     if image_size and name != "folder":
         raise UserError("--image-size works only with --dataset folder")
-    coder = Encoder(encoder, device, data_dir, fitted=name == "folder") if encoder else None
-    size = coder.fit if coder else image_size or 64  # of a folder's images
+    coder = Encoder(encoder, device, data_dir, cropped=name == "folder") if encoder else None
+    size = coder.crop if coder else image_size or 64  # of a folder's images
     try:
         if name in OWN and (data_dir / "labels.csv").is_file():
             raw, fields = _annotated(name, data_dir, size, coder, sheet_encoding)
@@ -164,7 +164,7 @@ def create(
 
 
 def _annotated(
-    name: str, data_dir: Path, size: int | Fit, coder: Encoder | None, encoding: str | None
+    name: str, data_dir: Path, size: int | Crop, coder: Encoder | None, encoding: str | None
 ) -> tuple[Raw, dict]:
     """Data that a person labels, and the further fields of OpenSetData by name."""
     is_folder = name == "folder"
@@ -173,7 +173,7 @@ def _annotated(
 
 
 def _simulated(
-    name: str, data_dir: Path, size: int | Fit, coder: Encoder | None, which: KnownClasses
+    name: str, data_dir: Path, size: int | Crop, coder: Encoder | None, which: KnownClasses
 ) -> tuple[Raw, dict]:
     """Fully labeled data, and the further fields of OpenSetData by name."""
     dataset = DATASETS[name]

@@ -32,30 +32,30 @@ def load(
     if not os.access(items.folder, os.W_OK):  # before the round rather than after it
         raise UserError(f"cannot write to {items.folder}, where the query sheets go")
     answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
-    numbers, broken = items.read()
-    numbers = encode(numbers) if encode else numbers
-    digest = embeddings.digest(numbers)
+    inputs, broken = items.read()
+    inputs = encode(inputs) if encode else inputs
+    digest = embeddings.digest(inputs)
     names = [name for name in items.names if name not in broken]
-    pictures = zip(items.names, items.pictures, strict=True)
     position = {name: i for i, name in enumerate(names)}
-    number = {name: label for label, name in enumerate(answered.classes)}
-    K = len(number)
-    labels = np.array([number.get(answered.labels.get(name), K) for name in names], np.int64)
+    class_id = {name: label for label, name in enumerate(answered.classes)}
+    K = len(class_id)
+    labels = np.array([class_id.get(answered.labels.get(name), K) for name in names], np.int64)
     labeled = np.flatnonzero(labels < K)
     if not len(labeled):
-        raise UserError("labels.csv assigns no class to any readable image")
+        raise UserError("labels.csv assigns no class to any readable item")
     unknown = [name for name, label in answered.labels.items() if label == sheets.UNKNOWN]
     invalid = [position[name] for name in unknown if name in position]  # in order of the answers
     pool = [i for i, name in enumerate(names) if name not in answered.taken]
     test = [i for i, name in enumerate(names) if name in answered.test]
     raw = Raw(
-        train=numbers,
+        train=inputs,
         train_labels=labels,
-        test=numbers[test],
-        test_labels=np.array([number[answered.test[names[i]]] for i in test], np.int64),
+        test=inputs[test],
+        test_labels=np.array([class_id[answered.test[names[i]]] for i in test], np.int64),
         classes=answered.classes,
     )
     content = repr((names, answered.classes, answered.labels, answered.test, pool, digest))
+    pictures = zip(items.names, items.pictures, strict=True)
     log_name = name(items.folder)
     return raw, {
         "name": log_name,
@@ -64,7 +64,7 @@ def load(
         "names": tuple(names),
         "sheets": answered,
         "split": Split(*(torch.tensor(x, dtype=torch.int64) for x in (labeled, invalid, pool))),
-        "answers": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "answers_digest": hashlib.sha256(content.encode()).hexdigest()[:16],
         "left_out": broken,
         "folder": items.folder,
         "columns": items.columns,

@@ -36,9 +36,9 @@ def read_published(
 ) -> Any:
     """Return what `read`, given a path, makes of the files of a data set.
 
-    These places are tried in turn: the data set's folder below data_dir, the archive in data_dir,
-    data_dir itself, and the cache. The first that exists is read. If none does, the archive is
-    downloaded. Raises UserError with what is wrong and what to do.
+    These places are tried in turn: the data set's folder below data_dir, perhaps in one of its own
+    name, the archive in data_dir, data_dir itself, and the cache. The first that exists is read. If
+    none does, the archive is downloaded. Raises UserError with what is wrong and what to do.
     """
     archive = data_dir / data.url.rpartition("/")[2]
     places = [data_dir / data.folder / data.folder, data_dir / data.folder, archive]

@@ -98,7 +98,7 @@ def cached(cache: Path) -> Decoded:
             file.seek(pixels.offset + pixels.nbytes)
             return Decoded(pixels=pixels, **json.load(file))
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise UserError("it is not whole, or from an earlier version") from error
+        raise UserError("it is incomplete, or from an earlier version") from error
 
 
 def decode(

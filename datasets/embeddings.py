@@ -57,11 +57,14 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
         raise UserError(f"{ITEMS}, row 1: name one column file")
     if taken := {"predicted", "probability", "label"}.intersection(plain):
         raise UserError(f"{ITEMS}: query sheets have a column {min(taken)} themselves: rename it")
-    rows = [row + [""] * (len(header) - len(row)) for row in rows if row]
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise UserError(f"{ITEMS}, row 1: two columns are called {min(twice)!r}")
+    numbered = [(n, row) for n, row in enumerate(rows, start=2) if any(map(str.strip, row))]
+    rows = [row + [""] * (len(header) - len(row)) for _, row in numbered]
     columns = dict(zip(header, map(list, zip(*rows, strict=False)), strict=False))
     names = columns.pop(header[plain.index("file")], [])
     first = {}
-    for number, name in enumerate(names, start=2):
+    for (number, _), name in zip(numbered, names, strict=True):
         if not name.strip() or name in first:
             fault = f"is that of row {first[name]}" if name in first else "is empty"
             raise UserError(f"{ITEMS}, row {number}: file {name!r} {fault}")

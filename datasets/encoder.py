@@ -17,7 +17,7 @@ from models.resnet import fold_batchnorm
 
 from . import embeddings
 from .files import one_at_a_time, write_whole
-from .folder import Fit
+from .folder import Crop
 from .raw import Raw
 
 BATCH = {"cpu": 32, "cuda": 256}  # images at a time
@@ -31,17 +31,17 @@ def names() -> list[str]:
 class Encoder:
     """One of `names` with its default weights and their preprocessing; read once it is needed."""
 
-    def __init__(self, name: str, device: torch.device, folder: Path, fitted: bool) -> None:
-        """folder: where embeddings are kept. fitted: whether `fit` has brought images to size."""
-        self.name, self.device, self.folder, self.fitted = name, device, folder, fitted
+    def __init__(self, name: str, device: torch.device, folder: Path, cropped: bool) -> None:
+        """folder: where embeddings are kept. cropped: whether `crop` has brought images to size."""
+        self.name, self.device, self.folder, self.cropped = name, device, folder, cropped
         self.weights = torchvision.models.get_model_weights(name).DEFAULT
         self.transforms = self.weights.transforms()
 
     @property
-    def fit(self) -> Fit:
+    def crop(self) -> Crop:
         """How the images of a folder are brought to the size of the network's input."""
         [crop], [resize] = self.transforms.crop_size, self.transforms.resize_size
-        return Fit(crop, resize, self.transforms.interpolation)
+        return Crop(crop, resize, self.transforms.interpolation)
 
     def embed(self, raw: Raw) -> Raw:
         """The data set with the embeddings of its images in their place."""
@@ -54,7 +54,7 @@ class Encoder:
         The file is kept in the folder if that can be written, and named after the encoder, its
         weights and the images. Raises UserError if the weights cannot be had.
         """
-        digest = embeddings.digest(np.array([*images.shape, self.fitted]), images)
+        digest = embeddings.digest(np.array([*images.shape, self.cropped]), images)
         file = self.folder / f".lfosa-{self.name}-{self.weights.name}-{digest[:16]}.npy"
         with one_at_a_time(self.folder / ".lfosa-encoder.lock"):
             with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is made anew
@@ -83,7 +83,7 @@ class Encoder:
         for begin in tqdm(begins, "encoding", unit=" batches", leave=False, disable=None):
             part = np.array(images[begin : begin + size])
             batch = torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2)
-            if self.fitted:  # then this is left of the weights' own preprocessing
+            if self.cropped:  # then this is left of the weights' own preprocessing
                 batch = functional.convert_image_dtype(batch, torch.float32)
                 batch = functional.normalize(batch, self.transforms.mean, self.transforms.std)
             else:

@@ -26,7 +26,7 @@ from .raw import Items, Raw
 TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 
 
-class Fit(NamedTuple):
+class Crop(NamedTuple):
     """How an image becomes square: its shorter side is resized, and the center is cropped."""
 
     crop: int  # pixels
@@ -34,8 +34,8 @@ class Fit(NamedTuple):
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
 
 
-def load(data_dir: Path, size: int | Fit = 64) -> Raw:
-    """Training and test images of size x size pixels, or fitted, each in the order of their names.
+def load(data_dir: Path, size: int | Crop = 64) -> Raw:
+    """Training and test images of size x size pixels, or cropped, each in the order of their names.
 
     Classes are ordered by name; a class may lack training or test images. Raises UserError if
     there are no images or broken ones, and OSError.
@@ -54,7 +54,7 @@ def load(data_dir: Path, size: int | Fit = 64) -> Raw:
     return decoding.by_class_folder(read(data_dir, chosen, size))
 
 
-def items(data_dir: Path, size: int | Fit) -> Items:
+def items(data_dir: Path, size: int | Crop) -> Items:
     """All images below data_dir, for a person to label."""
     files, others = list_images(data_dir)
 
@@ -80,14 +80,14 @@ def list_images(data_dir: Path) -> tuple[dict[str, list[int]], list[str]]:
 
 
 def read(
-    data_dir: Path, files: dict[str, list[int]], size: int | Fit, skip_broken: bool = False
+    data_dir: Path, files: dict[str, list[int]], size: int | Crop, skip_broken: bool = False
 ) -> decoding.Decoded:
     """Decode these files, or map the cache if an earlier start has decoded the same ones.
 
     Raises UserError that names broken images; with skip_broken, returns all but those.
     """
     remarks, plain = [], isinstance(size, int)
-    crop, resize, interpolation = Fit(size, size) if plain else size
+    crop, resize, interpolation = Crop(size, size) if plain else size
 
     def content(name: str) -> bytes:
         name.encode()  # an image is broken if its name is not Unicode: no sheet can hold it

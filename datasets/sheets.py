@@ -4,7 +4,7 @@ A folder of images holds labels.csv (the start), perhaps test.csv (the test set)
 query_2.csv, ... Each has a column `file`, the path of an image relative to the folder, and a column
 `label`: a class, "unknown", "skip" (never ask again, train on nothing) or empty (not answered).
 Known are the classes of labels.csv. Sheets are read as spreadsheets save them. The file
-.lfosa-asked names every query sheet that was written, so that one that is gone is missed.
+.lfosa-asked names every query sheet that was written, so that a missing one is noticed.
 """
 
 import codecs
@@ -55,8 +55,8 @@ def read(
     images: the paths of all images below the folder, relative to it, with "/"; unreadable ones too,
     because a sheet may name them. others: the paths of the other files, among which a sheet that
     was saved under another name is looked for. encoding: that of sheets in neither UTF-8 nor
-    UTF-16; None: Western European, with a note. The same answer may be given twice. An image that
-    has no known class in test.csv is neither tested on nor asked about.
+    UTF-16; None: Western European, with a note. The same answer may be given twice. An image
+    whose label in test.csv is no known class is neither tested on nor queried.
     Raises UserError, in one line with sheet and row, for what cannot be understood, for unknown
     labels and images, for contradictions, and if a query sheet is missing or if a copy has answers
     that it lacks. Raises OSError.
@@ -158,7 +158,7 @@ def read_cells(
     return rows or [[]], "" if name in (unicode, encoding) else name
 
 
-def _rows(sheet: str, content: bytes, encoding: str) -> tuple[list[dict[str, str]], str]:
+def _rows(sheet: str, content: bytes, encoding: str | None) -> tuple[list[dict[str, str]], str]:
     """The rows below the header, folded name of a column -> cell; and a guessed encoding.
 
     A row may end early.
@@ -206,7 +206,7 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
 
 
 def _check_copies(
-    folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str
+    folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str | None
 ) -> None:
     """Raise UserError if a copy of a query sheet has answers that the sheet lacks."""
     for number, paths in copies.items():

@@ -38,13 +38,14 @@ class AnnotatedRun(Run):
         self.split = data.split
         done, queries = len(data.sheets.queries), data.sheets.queries
         waiting = bool(queries) and not any(queries[-1].values())
-        self.late = waiting and self.answers != data.answers  # than the newest sheet
-        if (self.round, self.answers) != (done, data.answers):
+        # Whether the answers changed after the newest sheet was written.
+        self.late = waiting and self.answers_digest != data.answers_digest
+        if (self.round, self.answers_digest) != (done, data.answers_digest):
             if self.round == done and self.networks and parallel.rank() == 0:
                 tell("answers or images changed after this round began: it starts again")
             self.round, self.networks = done, {}
         if not waiting:
-            self.answers = data.answers
+            self.answers_digest = data.answers_digest
         for name in ("Acc", "Err"):  # without rounds whose sheets were removed
             self.log[name] = {q: x for q, x in self.log[name].items() if q < self.round}
         self.log["Precision"] = data.sheets.precisions()

@@ -41,7 +41,8 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
         raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
     for key, value in experiment.items():
         if (old := state.get("experiment", {}).get(key)) != value:
-            raise UserError(f"{path} is of another run or version: {key} was {old}, is {value}")
+            what = f"its {key} is {old}, this run's is {value}"
+            raise UserError(f"{path} is of another run or version: {what}")
     return state
 
 

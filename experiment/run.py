@@ -21,8 +21,8 @@ from query_strategies import STRATEGIES, PoolOutputs, select
 
 from .files import RunFiles, versions
 
-FORMAT = 4  # of the checkpoint; earlier ones had no objectives, and the first other rules for ties
-STATE = ("experiment", "threads", "answers", "round", "log", "queries", "networks")
+FORMAT = 5  # of the checkpoint; 1 broke ties in another way, 1 to 3 had no objectives
+STATE = ("experiment", "threads", "answers_digest", "round", "log", "queries", "networks")
 # Arguments that change the last bits of a result, and that a run's name does not tell.
 ROUNDING = ("eval_batch_size", "compile", "deterministic")
 COLUMNS = ("round", *open_set.Split._fields, "accuracy", "precision", "recall", "seconds")
@@ -73,14 +73,14 @@ class Run:
         self.experiment["data"] = data.identity
         self.experiment |= {key: vars(args)[key] for key in ROUNDING}
         self.experiment |= {"GPU": device.type == "cuda", "processes": parallel.world()}
-        self.answers, self.threads = data.answers, torch.get_num_threads()
+        self.answers_digest, self.threads = data.answers_digest, torch.get_num_threads()
         if state := parallel.from_rank0(lambda: self.files.claim(args, self.experiment)):
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
             if self.threads != (now := torch.get_num_threads()) and device.type == "cpu":
                 what = f"resumed with {now} threads instead of {self.threads}"
-                tell(f"note: {what}: the last bits differ, and so may later queries")
+                tell(f"note: {what}: the last digits may differ, and later queries with them")
                 self.threads = now
 
     def name(self) -> str:
@@ -112,38 +112,38 @@ class Run:
     ) -> Network:
         """A network of this round, trained on the images `indices`; see models.train.
 
-        name: "detector" or "classifier". outputs: the number of classes. temperature: one per
+        name: "detector" or "classifier". outputs: how many the network has. temperature: one per
         class, see Objective. A network that the checkpoint holds goes on from there. A detector of
         which the strategy reads nothing (`random`) stays untrained. Raises Stopped after a signal.
         """
         reads, settings = self.strategy.READS, self.settings
-        queried = name == ("detector" if self.detector else "classifier")
-        dropout = settings.dropout if queried and "mc_logits" in reads else 0.0
-        draws = partial(self.generator, name)
-        made = self.args.model, outputs, settings.feat_dim, draws("init"), self.device, dropout
-        network = models.create(*made, self.data.train.dimension)
+        is_queried = name == ("detector" if self.detector else "classifier")
+        dropout = settings.dropout if is_queried and "mc_logits" in reads else 0.0
+        generator_for = partial(self.generator, name)
+        made = self.args.model, outputs, settings.feat_dim, generator_for("init"), self.device
+        network = models.create(*made, dropout, self.data.train.dimension)
         objective = Objective(temperature)
-        if queried and hasattr(self.strategy, "objective"):
+        if is_queried and hasattr(self.strategy, "objective"):
             invalid = self.split.invalid
-            objective = self.strategy.objective(network, temperature, invalid, draws)
+            objective = self.strategy.objective(network, temperature, invalid, generator_for)
         self.objectives[name] = objective.to(self.device)
         if name == "detector" and not reads:
             return network
         if settings.weight_cent > 0:
             shape = self.data.num_known, network.feature_dim
-            centers = settings.weight_cent, settings.lr_cent, draws("centers")
+            centers = settings.weight_cent, settings.lr_cent, generator_for("centers")
             objective = models.CenterLoss(objective, shape, *centers).to(self.device)
 
         def keep(state: dict) -> None:
             self.networks[name] = state
             self.save()
-            if parallel.any_rank(bool(signals)):  # asked last: one may come during the writing
+            if parallel.any_rank(bool(signals)):  # last: one may arrive during the writing
                 raise Stopped(signals[0] if signals else signal.SIGTERM)  # none: another rank's
 
         data = self.data.train, self.data.targets, indices
         with parallel.noted_signals() as signals:
             state = self.networks.get(name)
-            training = models.train(network, objective, *data, draws, settings, state)
+            training = models.train(network, objective, *data, generator_for, settings, state)
             for epoch, loss, snapshot in training:
                 self.files.record(f"loss/{name}", loss, self.round * settings.max_epoch + epoch)
                 due = time.monotonic() - self.saved >= self.args.checkpoint_seconds
@@ -161,9 +161,9 @@ class Run:
     def query(
         self, split: open_set.Split, network: Network, classifier: Network | None = None
     ) -> Tensor:
-        """What the strategy queries: indices into the training images, int64, best first.
+        """What the strategy queries: indices into the training images, int64, in order of choice.
 
-        network: the one that it asks, LfOSA's detector or the baselines' classifier.
+        network: the queried one, LfOSA's detector or the baselines' classifier.
         """
         outputs = self._predict(split, network, classifier or network)
         if hasattr(self.strategy, "describe"):

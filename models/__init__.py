@@ -23,7 +23,7 @@ def create(
     dropout: float = 0.0,
     dimension: int = 3,
 ) -> Network:
-    """A new network with PyTorch's default initialization, drawn on the CPU from `generator`.
+    """A new network with PyTorch's default initialization, from the seed of `generator`.
 
     name: one of NETWORKS; feat_dim, dropout: see Network; dimension: of the input, see Images and
     Embeddings. channels_last on the device.

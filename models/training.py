@@ -53,15 +53,15 @@ def train(
     inputs: Images | Embeddings,
     targets: Tensor,
     indices: Tensor,
-    generator: Callable[..., torch.Generator],
+    generator_for: Callable[..., torch.Generator],
     settings: Settings = PUBLISHED,
     state: dict | None = None,
 ) -> Iterator[tuple[int, float, Callable[[], dict]]]:
     """Train `network` and `objective` in place with SGD on the images `indices`.
 
     targets: (N,) int64 on the device, of all images. indices: (n,) int64 on the CPU; an image
-    may stand there several times. generator(*purpose): a CPU generator; every epoch draws from
-    its own.
+    may stand there several times. generator_for(*purpose): a CPU generator; every epoch draws
+    from its own.
     Yields after each epoch (epochs done, mean loss, snapshot): what `snapshot()` returns, passed as
     `state`, continues the training; on the CPU the result is equal to the last bit. For a finished
     training its "epoch", "network" and "objective" are enough. Under torchrun the ranks share each
@@ -86,7 +86,7 @@ def train(
     bar = _bar("train", range(first, last), initial=first, total=last)
     for epoch in bar:
         objective.before_epoch(features_of)
-        draws = generator("epoch", epoch)
+        draws = generator_for("epoch", epoch)
         loss_sum = torch.zeros((), device=targets.device)
         for index, batch, size, weight in _batches(inputs, indices, settings.batch_size, draws):
             # Only whole batches are compiled: one shape, hence one compilation.
@@ -139,7 +139,7 @@ def _batches(
     # Dropout draws on the device: one seed per step makes it the same after a resumption.
     seeds = torch.randint(2**62, (len(begins),), generator=generator).tolist()
     for begin, seed in zip(begins, seeds, strict=True):
-        if inputs.device.type == "cpu":  # torch.manual_seed sees to other devices, in half a step
+        if inputs.device.type == "cpu":  # torch.manual_seed seeds other devices, too: half a step
             torch.default_generator.manual_seed(seed + parallel.rank())
         else:
             torch.manual_seed(seed + parallel.rank())
@@ -190,7 +190,7 @@ def predict(
     """Apply the network to the images `indices`, (n,) int64 on the CPU, without augmentation.
 
     Returns for each of `fields`: "features" (n, F), "logits" (n, C) or "mc_logits" (S, n, C),
-    float32 on the device. masks: (S, P) from `dropout_masks`, for mc_logits. parameters: (n, 9)
+    float32 on the device. masks: (S, P) from `dropout_masks`, for mc_logits. parameters: those
     from `inputs.draw`, to apply the training augmentation after all. Under torchrun the ranks
     share the batches, rank 0 gets the result, and the others get None for each field.
     Raises UserError if an output is NaN or infinite.
@@ -236,7 +236,7 @@ def _forward(network: Network, batch: Tensor, masks: Tensor | None, amp: str) ->
 def dropout_masks(network: Network, samples: int, generator: torch.Generator) -> Tensor:
     """Dropout masks (samples, P) of 0 and 1 / (1 - rate), on the network's device.
 
-    One mask is one draw of the weights, applied to every image: what `BALD` marginalises over.
+    One mask is one draw of the weights, applied to every image: what `BALD` marginalizes over.
     """
     keep = 1 - network.dropout_rate
     masks = torch.rand(samples, network.pooled_dim, generator=generator) < keep

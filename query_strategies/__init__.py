@@ -4,7 +4,8 @@ To add one: copy `uncertainty.py`, change what `query` computes and the fields o
 READS, and add its name to NAMES. The file's name is that in small letters; the name may have
 letters, digits, "-" and single "_". The file may also have
 NEEDS_DETECTOR = True: only AL_center_temperature.py offers it;
-objective(network, temperature, invalid, generator): what the queried network learns, see eaoa.py;
+objective(network, temperature, invalid, generator_for): what the queried network learns, as in
+eaoa.py;
 DEFAULTS: a dict of arguments whose default differs under this strategy;
 describe(outputs): a line for the journal, NAME.log, before each query.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .outputs import PoolOutputs
 
-# The lines of the paper's figures: LfOSA and what it is compared with.
+# The curves in the paper's figures: LfOSA and what it is compared with.
 NAMES = ["AV_temperature", "random", "uncertainty", "certainty", "Coreset", "BALD", "OpenMax"]
 # Further ones in the code that the paper's authors released.
 NAMES += ["AV_based", "AV_uncertainty", "Max_AV"]

@@ -27,8 +27,8 @@ DEFAULTS = {"known_T": 1.0, "unknown_T": 1.0}  # arguments: a cross-entropy with
 
 # Settings of the paper and of the code that its authors released.
 WEIGHT = 0.01  # of the energy loss
-KNOWN_ENERGY = -25.0  # labeled images should have lower energy,
-INVALID_ENERGY = -7.0  # those of invalid images higher
+KNOWN_ENERGY = -25.0  # the energy of a labeled image should be below this,
+INVALID_ENERGY = -7.0  # that of an invalid image above this
 NEIGHBORS = 250  # pool images that a labeled or invalid image names
 FIRST_K = 5  # candidates for each image of the query, in round 0
 HIGH_PRECISION, LOW_PRECISION = 0.65, 0.55  # of a query, after which there is one more, or less
@@ -45,7 +45,7 @@ class EnergyObjective(Objective):
         network: nn.Module,
         temperature: Sequence[float] | None,
         invalid: Tensor,
-        generator: Callable[..., torch.Generator],
+        generator_for: Callable[..., torch.Generator],
     ) -> None:
         super().__init__(temperature)
         self.any_invalid = len(invalid) > 0
@@ -76,9 +76,9 @@ def energy_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tensor:
     """Positions of `count` pool images, (count,) int64; count <= outputs.size.
 
-    Of each predicted class an equal share, in an order drawn at random: first those most surely
-    known, k times the share, and of these the least surely classified. Where the classes have too
-    few images, the most surely known of the others follow.
+    Each predicted class gives an equal share: of its k * share most surely known images, the least
+    surely classified. Their order is random. If classes have too few images, the most surely known
+    of the others follow.
     """
     K = outputs.num_known
     energy = in_chunks(lambda a: free_energy(a[:, :K], a[:, K]), outputs.logits)
@@ -147,7 +147,7 @@ def neighbor_counts(
     images nearest to it by cosine. Counts are divided by the class's number of images over the
     mean number in the known classes; a class without images has 0.
     """
-    # Equally near images are told apart by their place: chance, from the generator, decides it.
+    # Equally near images are told apart by their place, which is drawn at random.
     order = torch.randperm(len(pool), generator=generator).to(pool.device)
     pool, features = normalize(pool[order].double()), normalize(features.double())
     near, rows = min(NEIGHBORS, len(pool)), max(1, BLOCK // len(pool))

@@ -40,11 +40,11 @@ class OpenSetObjective(Objective):
         network: nn.Module,
         temperature: Sequence[float] | None,
         invalid: Tensor,
-        generator: Callable[..., torch.Generator],
+        generator_for: Callable[..., torch.Generator],
     ) -> None:
         super().__init__(temperature)
         self.K, width = network.fc.out_features - 1, network.feature_dim
-        drawn = 2 * torch.rand(2 * self.K, width, generator=generator("heads")) - 1
+        drawn = 2 * torch.rand(2 * self.K, width, generator=generator_for("heads")) - 1
         self.weight = nn.Parameter(drawn / math.sqrt(width))  # as nn.Linear draws it
         self.register_buffer("invalid", invalid.unique(), persistent=False)  # sorted
         self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
@@ -126,21 +126,21 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     at random, and the last round ends when the query is full. Too few such images: the lowest
     scores of the others follow.
     """
-    learnt = outputs.objective
+    learned = outputs.objective
 
     def scores(features: Tensor) -> Tensor:
-        to_centers = distances(features, learnt.centers) if len(learnt.centers) else None
-        return score(learnt.heads(features), to_centers)
+        to_centers = distances(features, learned.centers) if len(learned.centers) else None
+        return score(learned.heads(features), to_centers)
 
-    low = -in_chunks(scores, outputs.features)
+    preference = -in_chunks(scores, outputs.features)
     is_known = outputs.logits.argmax(1) < outputs.num_known
     candidates = is_known.nonzero()[:, 0]
     if len(candidates) <= count:
         others = (~is_known).nonzero()[:, 0]
-        others = others[top_k(low[others], count - len(candidates), generator)]
-        candidates = candidates[top_k(low[candidates], count, generator)]
+        others = others[top_k(preference[others], count - len(candidates), generator)]
+        candidates = candidates[top_k(preference[candidates], count, generator)]
         return torch.cat([candidates, others])
-    candidates = candidates[top_k(low[candidates], len(candidates), generator)]
+    candidates = candidates[top_k(preference[candidates], len(candidates), generator)]
     order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
     found = partitions(outputs.features[candidates[order]])
     label = next((each for each in found if each.max() < count), 0 * found[0])

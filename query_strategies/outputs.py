@@ -12,7 +12,7 @@ BLOCK = 1 << 24  # pairs of images, a float64 number of each: 128 MiB
 
 
 class PoolOutputs(NamedTuple):
-    """The querying network's outputs; row i of the pool's fields is pool position i.
+    """The queried network's outputs; row i of the pool's fields is pool position i.
 
     A field that the strategy does not list in its READS is None. The labeled images are the known
     ones, without the invalid ones; like the pool's, their outputs are without augmentation.

@@ -15,6 +15,6 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats: (n, C) -> (n,) float64; float32 underflows to NaN."""
+    """Entropy of softmax(logits) in nats: (n, C) -> (n,) float64, which has fewer ties."""
     log_probability = logits.double().log_softmax(1)
     return -(log_probability.exp() * log_probability).sum(1)

@@ -389,7 +389,7 @@ def encoding(turns: int, count: int) -> None:
     """Measure an encoder with random weights beside torchvision's network in a plain loop."""
     network = torchvision.models.resnet18().eval()
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    coder = Encoder("resnet18", DEVICE, Path(), fitted=False)
+    coder = Encoder("resnet18", DEVICE, Path(), cropped=False)
     coder._network = lambda: (
         torch.nn.Sequential(*[*network.children()][:-1], torch.nn.Flatten()),
         512,

@@ -219,6 +219,8 @@ def test_new_embeddings_begin_an_open_round_again_and_keep_the_answers(forks, tm
 BAD_ITEMS = {
     "file,text\na,1\nb,2\n": ["items.csv", "2", "embeddings.npy", "3"],
     "file\na\nb\na\n": ["items.csv", "row 4", "row 2"],
+    "file,x\na,1\n\n,\na,2\n": ["items.csv", "row 5", "row 2"],
+    "file,x,x\na,1,2\n": ["items.csv", "'x'"],
     "name\na\nb\nc\n": ["items.csv", "file"],
     "file,label\na,1\nb,2\nc,3\n": ["items.csv", "label"],
 }
@@ -274,7 +276,7 @@ def close(found, expected):
 
 def test_images_of_a_data_set_become_features(tmp_path, plain):
     images = np.random.default_rng().integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
-    encoder = Encoder(ENCODER, CPU, tmp_path, fitted=False)
+    encoder = Encoder(ENCODER, CPU, tmp_path, cropped=False)
     tensors = torch.from_numpy(images).permute(0, 3, 1, 2)
     close(encoder.encode(images), [plain(image) for image in tensors])
 
