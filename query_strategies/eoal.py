@@ -122,9 +122,9 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
 
     Images that the detector predicts as known are clustered by FINCH, into its finest partition
     with at most `count` clusters (one cluster, if all have more). Each cluster gives an equal
-    number of images, lowest scores first, round after round; the clusters come in an order drawn
-    at random, and the last round ends when the query is full. Too few such images: the lowest
-    scores of the others follow.
+    number of images, lowest scores first, round after round, until the query is full. The clusters
+    come in the order in which a random permutation of the images meets them. Too few such images:
+    the lowest scores of the others follow.
     """
     learned = outputs.objective
 

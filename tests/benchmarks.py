@@ -464,7 +464,7 @@ def start(turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    text = "two minutes instead of twenty: fewer and smaller samples, a smaller network in the "
+    text = "fewer and smaller samples, a smaller network in the "
     text += "round, no strategy that reads more than logits, no --compile"
     parser.add_argument("--quick", action="store_true", help=text)
     names = ["augmentation", "networks", "selection", "successors", "round", "start"]

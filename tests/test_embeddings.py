@@ -353,7 +353,7 @@ def test_a_run_never_mixes_the_embeddings_of_two_weights(forks, tmp_path):
     assert read(tmp_path / "resumed") == read(tmp_path / "whole")
     for file in (tmp_path / "pictures").glob(".lfosa-*.npy"):
         file.unlink()
-    assert_one_line(run("resumed", 4), "another run")
+    assert_one_line(run("resumed", 4), ".pt")
 
 
 def test_a_person_labels_encoded_images(forks, tmp_path):
