@@ -53,7 +53,7 @@ Log = dict[str, dict[int, float]]  # key of LIMITS -> round -> value
 
 
 class Run(NamedTuple):
-    """What a log's file name says; equal in five fields, runs share a figure, in four a row."""
+    """What a log's file name says."""
 
     dataset: str
     init: str  # percent of the known images; like batch and known empty with an annotator
@@ -64,6 +64,11 @@ class Run(NamedTuple):
     folder: str  # of --compare; empty for our own runs
     traits: tuple[str, ...]  # what differs from the published setting: ("max-epoch10", ...)
     seed: int
+
+    @property
+    def family(self) -> tuple[str, str, str, str]:
+        """Runs of one family stand side by side, and with as many known classes in one figure."""
+        return self.dataset, self.init, self.batch, self.model
 
 
 class Curve(NamedTuple):
@@ -250,7 +255,7 @@ def use_fonts(text: str) -> None:
 
 def draw_family(runs: dict[Run, Log], styles: dict, folder: Path, with_batch: bool) -> list[str]:
     """Draw runs of one data set, init, batch and network. Returns the lines of their tables."""
-    dataset, init, batch, model = next(iter(runs))[:4]
+    dataset, init, batch, model = next(iter(runs)).family
     common = [t for t in next(iter(runs)).traits if all(t in run.traits for run in runs)]
     curves = make_curves(runs, styles, common)
     start, end = f"{dataset}, {model}", f", init {init} %, batch {batch}" if init else ""
@@ -287,19 +292,20 @@ def main(argv: list[str] | None = None) -> None:
     if not logs:
         sys.exit(2)  # what is wrong has been said
     if args.compare:
-        figures = {run[:5] for run in logs}
+        figures = {(run.family, run.known) for run in logs}
         name = str(Path(*Path(args.compare).parts[-2:])).encode(errors="replace").decode()
         compared = read_logs([args.compare], name)
-        if compared and figures.isdisjoint(run[:5] for run in compared):
+        drawn = {run: log for run, log in compared.items() if (run.family, run.known) in figures}
+        if compared and not drawn:
             tell(f"--compare: {args.compare} has no log of the same setting and network")
-        logs |= {run: log for run, log in compared.items() if run[:5] in figures}
+        logs |= drawn
     use_fonts("".join(run.dataset + run.folder + "".join(run.traits) for run in logs))
     own = enumerate(sorted({run.strategy for run in logs} - STYLES.keys()))
     styles = STYLES | {name: (OWN_COLORS[i % 5], OWN_MARKERS[i % 6]) for i, name in own}
-    report, families = [], sorted({run[:4] for run in logs})
+    report, families = [], sorted({run.family for run in logs})
     folders = [Path(args.out_dir, FOLDERS.get(f[0], f[0].lower())) for f in families]
     for family, folder in zip(families, folders, strict=True):
-        runs = {run: log for run, log in logs.items() if run[:4] == family}
+        runs = {run: log for run, log in logs.items() if run.family == family}
         alike = [f for f in families if f[:2] + f[3:] == family[:2] + family[3:]]
         try:
             report += draw_family(runs, styles, folder, with_batch=len(alike) > 1)

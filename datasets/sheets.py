@@ -77,7 +77,7 @@ def read(
             read_as = f" (read as {guess}, see --sheet-encoding)" if guess else ""
             image = alike.get(file) or alike.get(_plain(file))
             if not image:
-                raise UserError(f"{place}: there is no image {file!r}{read_as}")
+                raise UserError(f"{place}: {folder} has no {file!r}{read_as}")
             if sheet == START:
                 names.setdefault(_fold(label), label.strip())
             if _fold(label) not in names:
@@ -93,7 +93,7 @@ def read(
             first, source, row = answers.setdefault(image, (label, sheet, number))
             if first != label or (source == TEST) != (sheet == TEST):
                 fault = f"{place}: {file!r} is {label!r}, but {first!r} in {source}, row {row}; "
-                fault += f"an image has one answer, not in {TEST} and elsewhere"
+                fault += f"a file has one answer, not in {TEST} and elsewhere"
                 raise UserError(fault)
     _check_copies(folder, copies, sheets, alike, encoding)
     classes = tuple(sorted(set(names.values()) - {None, UNKNOWN, SKIP}))
