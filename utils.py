@@ -139,7 +139,7 @@ def parse_arguments(description: str, detector: bool) -> Namespace:
     add(training, "--gamma", POSITIVE, "X", "factor of each decay")
     add(training, "--weight-cent", WEIGHT, "X", "weight of the center loss")
     either(experiment, "--drop-unknown", "queried unknown images leave the pool", False)
-    switch(experiment, "--augment-pool", "score the pool augmented, as released")
+    either(experiment, "--augment-pool", "score the pool augmented, as released", False)
     either(experiment, "--rotation", "rotate images in the training augmentation", True)
     add(training, "--amp", [*models.AMP], "TYPE", "mixed precision: ")
     add(which, "--known", partial(str.split, sep=","), "A,B", "the known classes, by name")

@@ -10,12 +10,12 @@ import numpy as np
 class Raw(NamedTuple):
     """A data set as a loader returns it. Labels are positions in `classes`."""
 
-    train: np.ndarray  # images (N, H, W, 3) uint8, or vectors (N, D) of floats
+    train: np.ndarray  # images (N, H, W, 3) uint8; once embedded, vectors (N, D) of floats
     train_labels: np.ndarray  # (N,) int64
     test: np.ndarray  # likewise (M, ...)
     test_labels: np.ndarray  # (M,) int64
     classes: tuple[str, ...]
-    digest: str = ""  # hex digits that change with the user's own files
+    digest: str = ""  # hex digits that change with the files, where a user can change them
 
 
 class Items(NamedTuple):

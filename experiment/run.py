@@ -166,7 +166,7 @@ class Run:
         network: the queried one, LfOSA's detector or the baselines' classifier.
         """
         outputs = self._predict(split, network, classifier or network)
-        if hasattr(self.strategy, "describe"):
+        if hasattr(self.strategy, "describe") and parallel.rank() == 0:
             self.files.note(self.strategy.describe(outputs))
         name, count = self.args.query_strategy, self.args.query_batch
         draws = self.generator("query", name)

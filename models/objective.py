@@ -21,7 +21,8 @@ class Objective(nn.Module):
     """Cross-entropy, each image's logits divided by the temperature of its class.
 
     LfOSA's low-temperature cross-entropy (Ning et al., CVPR 2022, equation 4). temperature: one per
-    class, (C,); None: 1 for all. A subclass may have parameters, with optimizers of their own.
+    class, (C,); None: 1 for all. A subclass may have parameters, with optimizers of their own, and
+    what its state_dict holds outlives an interruption: tensors and plain values, no NumPy arrays.
     """
 
     def __init__(self, temperature: Sequence[float] | None = None) -> None:
@@ -30,14 +31,19 @@ class Objective(nn.Module):
         self.register_buffer("temperature", values, persistent=False)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers of the objective's own parameters; they keep their learning rate."""
+        """The optimizers of the objective's own parameters; they keep their learning rate.
+
+        A parameter without an optimizer is not trained. With --amp fp16 each needs a gradient in
+        every batch, if only of 0.
+        """
         return []
 
     def before_epoch(self, features_of: Callable[[Tensor], Tensor]) -> None:
         """Prepare an epoch. features_of(indices (n,)) -> (n, F): the network as it is now.
 
         What is computed here must follow from the network and the arguments, because a run that
-        is resumed after an epoch computes it again.
+        is resumed between two epochs computes it again. One that is resumed after the last does
+        not: what the query reads of it must be in the state_dict, as EOAL's centers are.
         """
 
     def forward(self, batch: Batch) -> Tensor:

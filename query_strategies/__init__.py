@@ -6,7 +6,8 @@ letters, digits, "-" and single "_". The file may also have
 NEEDS_DETECTOR = True: only AL_center_temperature.py offers it;
 objective(network, temperature, invalid, generator_for): what the queried network learns, as in
 eaoa.py;
-DEFAULTS: a dict of arguments whose default differs under this strategy;
+DEFAULTS: a dict of arguments whose default differs under this strategy (temperatures stand in
+DETECTOR_T of plot.py, too, so that its labels leave them out);
 describe(outputs): a line for the journal, NAME.log, before each query.
 """
 

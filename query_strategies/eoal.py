@@ -20,7 +20,7 @@ NEEDS_DETECTOR = True
 # Settings of the paper and of the code that its authors released.
 HEADS_SGD = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 OPEN_SET_WEIGHT = 0.5
-INVALID_SHARE = 0.8  # alpha, the weight of the invalid images; the labeled ones have the rest
+INVALID_SHARE = 0.8  # alpha, the weight of the invalid images, if there are any
 CLUSTER_WEIGHT = 0.1
 PULL_WEIGHT = 0.1  # of the distance to the own center, in the cluster loss
 EPSILON = 1e-8  # added to probabilities before the logarithm
@@ -90,7 +90,8 @@ def open_set_loss(heads: Tensor, targets: Tensor, any_invalid: bool) -> Tensor:
 
     heads: (B, 2, K) logits; targets: (B,) int64, K for an invalid image. Of a labeled image: its
     own class's loss plus the largest of the others', none for K = 1. Of an invalid image: the mean
-    losses of "is class c" and of "is not class c". any_invalid: whether the training has any.
+    losses of "is class c" and of "is not class c". any_invalid: whether the training has any; the
+    labeled images then have the weight 1 - INVALID_SHARE, else 1.
     """
     K = heads.shape[2]
     is_not, is_class = (-(heads.softmax(1) + EPSILON).log()).unbind(1)  # (B, K) each

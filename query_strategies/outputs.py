@@ -15,7 +15,7 @@ class PoolOutputs(NamedTuple):
     """The queried network's outputs; row i of the pool's fields is pool position i.
 
     A field that the strategy does not list in its READS is None. The labeled images are the known
-    ones, without the invalid ones; like the pool's, their outputs are without augmentation.
+    ones, without the invalid ones. --augment-pool augments the pool alone.
     """
 
     size: int  # n, the number of images in the pool

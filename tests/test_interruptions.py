@@ -34,6 +34,8 @@ from forks import (
 )
 from tensorboardX.proto.event_pb2 import Event
 
+from query_strategies import STRATEGIES
+
 # Two steps per epoch in the first round, and a checkpoint after every epoch.
 TINY = [*SMALL, *"--max-epoch 2 --checkpoint-seconds 0 --batch-size 16 --save-model".split()]
 RUNS = {  # BALD, for the stream of its dropout masks
@@ -143,7 +145,7 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script):
     print(f"{script}: kills survived: {kills}, in {rounds} rounds")
 
 
-@pytest.mark.parametrize("strategy", ["EAOA", "EOAL"])
+@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if hasattr(STRATEGIES[x], "objective")])
 def test_what_a_methods_own_loss_has_learnt_survives_kills(forks, resume, tmp_path, strategy):
     """In the first round's detector, in that of the second round and in its classifier."""
     arguments = [*TINY, "--query-strategy", strategy, "--max-query", "2"]
