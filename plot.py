@@ -137,7 +137,7 @@ def load_log(path: Path) -> Log:
             if not (number and -0.001 <= value <= limit + 0.001):  # NaN fails as well
                 raise ValueError(f"{key}[{q!r}] = {value!r:.20} is no number from 0 to {limit}")
     if not any(log.values()):
-        raise ValueError("no round is done yet")
+        raise ValueError("nothing is measured in it yet")
     for q, accuracy in log["Acc"].items():
         if abs(accuracy + log["Err"].get(q, 0) - 100) > 0.1:  # both may be rounded
             raise ValueError(f"Acc[{q}] + Err[{q}] is not 100: they must be in percent")

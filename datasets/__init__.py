@@ -209,10 +209,12 @@ def _class_order(
     """
     count = len(classes)
     order, K = np.arange(count), which.count or count // 2
+    if count < 2:
+        raise UserError(f"the data has one class, {classes[0]}: one must be known and one unknown")
     if which.names is not None:
         names = folder.class_names(which.names, classes)
         for name in set(names) - set(classes):
-            raise UserError(f"--known {name}: the classes are {', '.join(classes)}")
+            raise UserError(f"--known {name!r}: the classes are {', '.join(classes)}")
         order, K = np.argsort(~np.isin(classes, names), kind="stable"), len(set(names))
     elif which.seed is not None:
         order = np.random.default_rng(which.seed).permutation(count)

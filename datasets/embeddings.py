@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, tell
 from models.vectors import CHUNK
 
 from . import decoding, sheets
@@ -24,6 +24,9 @@ def load(data_dir: Path) -> Raw:
 
     Raises UserError if a file is not what it should be, and OSError.
     """
+    if not (data_dir / "train_labels.npy").exists():
+        what = "train.npy, test.npy and their _labels.npy, or embeddings.npy, items.csv, labels.csv"
+        raise UserError(f"{data_dir} needs {what}")
     labels = {part: _labels(data_dir / f"{part}_labels.npy") for part in ("train", "test")}
     train, test = (
         read_vectors(data_dir / f"{part}.npy", len(labels[part]), f"{part}_labels.npy")
@@ -51,7 +54,10 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     and OSError.
     """
     content = (data_dir / ITEMS).read_bytes()
-    (header, *rows), _ = sheets.read_cells(ITEMS, content, sheet_encoding)
+    (header, *rows), guess = sheets.read_cells(ITEMS, content, sheet_encoding)
+    if guess:
+        what = "if its texts look wrong in the query sheets, give --sheet-encoding (such as gbk)"
+        tell(f"note: {ITEMS} is not in Unicode and was read as {guess}; {what}")
     plain = [name.strip().casefold() for name in header]
     if plain.count("file") != 1:
         raise UserError(f"{ITEMS}, row 1: name one column file")
@@ -60,6 +66,10 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     if twice := {name for name in header if header.count(name) > 1}:
         raise UserError(f"{ITEMS}, row 1: two columns are called {min(twice)!r}")
     numbered = [(n, row) for n, row in enumerate(rows, start=2) if any(map(str.strip, row))]
+    for number, row in numbered:
+        if any(map(str.strip, row[len(header) :])):
+            what = 'more cells than the header: put quotes (") around a text with a comma'
+            raise UserError(f"{ITEMS}, row {number}: {what}")
     rows = [row + [""] * (len(header) - len(row)) for _, row in numbered]
     columns = dict(zip(header, map(list, zip(*rows, strict=False)), strict=False))
     names = columns.pop(header[plain.index("file")], [])
@@ -99,7 +109,10 @@ def read_vectors(path: Path, count: int, beside: str) -> np.ndarray:
     beside: the file that tells the count. Raises UserError, and OSError.
     """
     stored = _open(path)
-    if stored.dtype not in (np.float16, np.float32, np.float64) or stored.ndim != 2:
+    if (
+        stored.dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64)
+        or stored.ndim != 2
+    ):
         found = f"{stored.dtype} {stored.shape}"
         raise UserError(f"{path} must be float16, float32 or float64 (N, D), and is {found}")
     if len(stored) != count or not stored.size:
@@ -129,4 +142,5 @@ def _open(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
-        raise UserError(f"{path} is no array of numbers or strings ({error})") from error
+        what = "no array of numbers or strings, such as np.array(labels, dtype=str)"
+        raise UserError(f"{path} is {what} ({error})") from error

@@ -117,14 +117,23 @@ def log_name(data_dir: Path, mark: str) -> str:
 
 
 def class_names(parts: list[str], classes: Collection[str]) -> list[str]:
-    """The names in a list that was split at commas, of which a class's name may have some."""
-    names = []
+    """The names in a list that was split at commas, of which a class's name may have some.
+
+    A name that is typed in another form of Unicode, or with spaces around it, is spelled as in
+    `classes`.
+    """
+    spelled, names = {_plain(name): name for name in classes}, []
     while parts:
         ends = range(len(parts), 0, -1)  # the longest name first
-        end = next((end for end in ends if ",".join(parts[:end]) in classes), 1)
-        names.append(",".join(parts[:end]))
+        end = next((end for end in ends if _plain(",".join(parts[:end])) in spelled), 1)
+        name = _plain(",".join(parts[:end]))
+        names.append(spelled.get(name, name))
         parts = parts[end:]
     return names
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def upright(image: Image.Image, remark: Callable[[str], object] = lambda _: None) -> Image.Image:

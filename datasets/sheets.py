@@ -24,6 +24,7 @@ from errors import UserError, tell
 
 from .files import write_whole
 
+csv.field_size_limit(2**31 - 1)  # an item may be a long text
 START, TEST, ASKED = "labels.csv", "test.csv", ".lfosa-asked"
 UNKNOWN, SKIP = "unknown", "skip"
 SAVED = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods", ".numbers")
@@ -75,9 +76,12 @@ def read(
             if not (file + label).strip():
                 continue
             read_as = f" (read as {guess}, see --sheet-encoding)" if guess else ""
+            read_as = "" if (file + label).isascii() else read_as
             image = alike.get(file) or alike.get(_plain(file))
             if not image:
-                raise UserError(f"{place}: {folder} has no {file!r}{read_as}")
+                raise UserError(
+                    f"{place}: {folder} has no {file!r}{read_as}; put it back, or remove the row"
+                )
             if sheet == START:
                 names.setdefault(_fold(label), label.strip())
             if _fold(label) not in names:
@@ -208,20 +212,23 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
 def _check_copies(
     folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str | None
 ) -> None:
-    """Raise UserError if a copy of a query sheet has answers that the sheet lacks."""
+    """Raise UserError if a copy of a query sheet has answers that the sheet lacks, or others."""
     for number, paths in copies.items():
         sheet = f"query_{number}.csv"
         answers = sheets.get(sheet, {})
-        for path in paths:
+        for path in paths if answers else ():
             try:
                 rows, _ = _rows(path, (folder / path).read_bytes(), encoding)
-                files = [row.get("file", "") for row in rows if row.get("label", "").strip()]
-            except UserError:  # such as a workbook
-                files = [] if any(answers.values()) else answers
-            images = [alike.get(file) or alike.get(_plain(file)) for file in files]
-            if any(image in answers and not answers[image] for image in images):
-                what = f"save it as {sheet}, or remove it"
-                raise UserError(f"{folder / path} may have answers that {sheet} lacks: {what}")
+                found = [(row.get("file", ""), _fold(row.get("label", ""))) for row in rows]
+            except UserError:  # such as a workbook, which may answer what the sheet does not
+                newer = (folder / path).stat().st_mtime > (folder / sheet).stat().st_mtime
+                missing = [(file, "?") for file, answer in answers.items() if not answer]
+                found = missing if newer or not any(answers.values()) else []
+            for file, label in found:
+                image = alike.get(file) or alike.get(_plain(file))
+                if label and image in answers and label != _fold(answers[image] or ""):
+                    what = f"save it as {sheet}, or remove it"
+                    raise UserError(f"{folder / path} may have answers that {sheet} lacks: {what}")
 
 
 def _tell_doubts(classes: tuple[str, ...], guessed: dict, spelled: list) -> None:

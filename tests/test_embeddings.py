@@ -19,7 +19,7 @@ from trees import class_folders, picture, write_folder
 import datasets
 import models
 import plot
-from datasets import digits
+from datasets import digits, embeddings
 from datasets.encoder import Encoder
 from errors import UserError
 from models import vectors
@@ -158,10 +158,11 @@ def test_a_person_labels_sentences(forks, tmp_path):
     folder.mkdir()
     truth = {f"It is, {i}, a {label}.": str(label) for i, label in enumerate(raw.train_labels)}
     names = list(truth)
+    texts = [f"text {i}" + " and more" * 20_000 * (i % 9 == 0) for i in range(len(names))]
 
     def items(count):
         np.save(folder / "embeddings.npy", raw.train[:count, ..., 0].reshape(count, 64) / 255)
-        rows = [(name, i, f"text {i}") for i, name in enumerate(names[:count])]
+        rows = [(name, i, texts[i]) for i, name in enumerate(names[:count])]
         sheet(folder / "items.csv", [("File", "Number", "what it says"), *rows])
 
     items(300)
@@ -175,7 +176,7 @@ def test_a_person_labels_sentences(forks, tmp_path):
     assert len(rows) == 30
     for row in rows:
         i = names.index(row["file"])
-        assert (row["Number"], row["what it says"]) == (str(i), f"text {i}")
+        assert (row["Number"], row["what it says"]) == (str(i), texts[i])
         assert row["predicted"] in "01" and not row["label"]
     known = np.mean([truth[row["file"]] in "01" for row in rows])
     assert known > 0.7  # of the pool 0.2 are
@@ -223,7 +224,17 @@ BAD_ITEMS = {
     "file,x,x\na,1,2\n": ["items.csv", "'x'"],
     "name\na\nb\nc\n": ["items.csv", "file"],
     "file,label\na,1\nb,2\nc,3\n": ["items.csv", "label"],
+    "file,text\na,1\nb,no, not at all\nc,3\n": ["items.csv", "row 3"],
 }
+
+
+def test_items_in_another_encoding_are_told(tmp_path, capsys):
+    np.save(tmp_path / "embeddings.npy", np.eye(2))
+    (tmp_path / "items.csv").write_bytes("file,text\na,狗的故事\nb,x\n".encode("gbk"))
+    embeddings.items(tmp_path)
+    assert "--sheet-encoding" in capsys.readouterr().out
+    assert embeddings.items(tmp_path, "gbk").columns == {"text": ["狗的故事", "x"]}
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", BAD_ITEMS)

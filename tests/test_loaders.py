@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -94,8 +95,17 @@ NEEDS = {  # files of a folder (none: the digits), what is chosen, what the mess
     "known class untested": (ANT | without(BEE, *BEE_TEST), {"known": ["bee"]}, "test .*bee"),
     "known class untrained": (ANT | BEE_TEST, {"known": ["bee"]}, "training .*bee"),
     "no unknown image": (ANT | BEE_TEST, {"known": ["ant"]}, "unknown class"),
+    "nothing but ants": (ANT, {}, "one class, ant"),
     "no train/": ({"ant/0.png": b"", "bee/0.png": b""}, {}, "train/CLASS/"),
 }
+
+
+def test_known_classes_may_be_typed_with_spaces_and_in_another_form_of_unicode(tmp_path):
+    kafer, drawn = unicodedata.normalize("NFD", "käfer"), trees.class_folders("ant, small")
+    files = BEE | trees.class_folders(kafer) | drawn
+    known = ["käfer", " ant", " small "]  # --known "käfer, ant, small "
+    data = create("folder", write_folder(tmp_path, files), known=known)
+    assert (data.classes, data.num_known) == (("ant, small", kafer, "bee"), 2)
 
 
 @pytest.mark.parametrize("files, options, part", NEEDS.values(), ids=NEEDS)

@@ -4,6 +4,8 @@ import codecs
 import contextlib
 import csv
 import io
+import os
+import re
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -213,12 +215,29 @@ def test_a_query_sheet_saved_under_another_name_is_missed(tmp_path, name):
     assert read().labels == {"a.png": "cat", "b.png": "cat"}
 
 
-def test_a_copy_with_fewer_answers_is_no_matter(tmp_path):
+ANSWERED = "file,label\nb.png,cat\nc.png,unknown\nd.png,"
+COPIES = {  # a copy of it, how much later it was saved, and whether it may have other answers
+    "query_1 (1).csv": ("file,label\nb.png,Cat\nc.png,cat\nd.png,", 0, True),
+    "query_1 (2).csv": ("file,label\nb.png,Cat\nc.png,\nd.png,", 60, False),
+    "query_1.xlsx": ("PK\3\4", 60, True),
+    "query_1.ods": ("PK\3\4", -60, False),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_with_other_answers_stops_the_round(tmp_path, name):
+    content, later, other = COPIES[name]
     (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
-    (tmp_path / "query_1.csv").write_text("file,label\nb.png,cat\nc.png,cat\nd.png,")
-    (tmp_path / "query_1 (1).csv").write_text("file,label\nb.png,cat\nc.png,\nd.png,")
-    got = sheets.read(tmp_path, IMAGES, ["query_1 (1).csv"])
-    assert got.queries == [{"b.png": "cat", "c.png": "cat", "d.png": None}]
+    (tmp_path / "query_1.csv").write_text(ANSWERED)
+    (tmp_path / name).write_text(content)
+    saved = (tmp_path / "query_1.csv").stat().st_mtime + later
+    os.utime(tmp_path / name, (saved, saved))
+    if other:
+        with pytest.raises(UserError, match=re.escape(name)):
+            sheets.read(tmp_path, IMAGES, [name])
+    else:
+        got = sheets.read(tmp_path, IMAGES, [name])
+        assert got.queries == [{"b.png": "cat", "c.png": "unknown", "d.png": None}]
 
 
 LANGUAGES = [("gbk", "猫 狗"), ("shift_jis", "ソ 猫"), ("cp1251", "кошка пёс")]
