@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, tell
+from errors import UserError
 from models.vectors import CHUNK
 
 from . import decoding, sheets
@@ -24,7 +24,7 @@ def load(data_dir: Path) -> Raw:
 
     Raises UserError if a file is not what it should be, and OSError.
     """
-    if not (data_dir / "train_labels.npy").exists():
+    if data_dir.is_dir() and not (data_dir / "train_labels.npy").exists():
         what = "train.npy, test.npy and their _labels.npy, or embeddings.npy, items.csv, labels.csv"
         raise UserError(f"{data_dir} needs {what}")
     labels = {part: _labels(data_dir / f"{part}_labels.npy") for part in ("train", "test")}
@@ -55,9 +55,10 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     """
     content = (data_dir / ITEMS).read_bytes()
     (header, *rows), guess = sheets.read_cells(ITEMS, content, sheet_encoding)
-    if guess:
-        what = "if its texts look wrong in the query sheets, give --sheet-encoding (such as gbk)"
-        tell(f"note: {ITEMS} is not in Unicode and was read as {guess}; {what}")
+    if guess:  # no note: the names would be wrong in sheets that are never overwritten
+        raise UserError(
+            f"{ITEMS} is not in Unicode: give --sheet-encoding (such as {guess} or gbk)"
+        )
     plain = [name.strip().casefold() for name in header]
     if plain.count("file") != 1:
         raise UserError(f"{ITEMS}, row 1: name one column file")
@@ -68,7 +69,7 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     numbered = [(n, row) for n, row in enumerate(rows, start=2) if any(map(str.strip, row))]
     for number, row in numbered:
         if any(map(str.strip, row[len(header) :])):
-            what = 'more cells than the header: put quotes (") around a text with a comma'
+            what = 'more cells than names of columns; around a text with a comma put quotes (")'
             raise UserError(f"{ITEMS}, row {number}: {what}")
     rows = [row + [""] * (len(header) - len(row)) for _, row in numbered]
     columns = dict(zip(header, map(list, zip(*rows, strict=False)), strict=False))
@@ -142,5 +143,5 @@ def _open(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
-        what = "no array of numbers or strings, such as np.array(labels, dtype=str)"
-        raise UserError(f"{path} is {what} ({error})") from error
+        what = "is no array of numbers or strings: convert it with astype before saving it"
+        raise UserError(f"{path} {what} ({error})") from error

@@ -123,11 +123,12 @@ def class_names(parts: list[str], classes: Collection[str]) -> list[str]:
     `classes`.
     """
     spelled, names = {_plain(name): name for name in classes}, []
+    spelled |= {name: name for name in classes}
     while parts:
-        ends = range(len(parts), 0, -1)  # the longest name first
-        end = next((end for end in ends if _plain(",".join(parts[:end])) in spelled), 1)
-        name = _plain(",".join(parts[:end]))
-        names.append(spelled.get(name, name))
+        typed = [",".join(parts[:end]) for end in range(len(parts), 0, -1)]  # the longest first
+        found = [spelled.get(text) or spelled.get(_plain(text)) for text in typed]
+        end, name = next(((len(parts) - i, x) for i, x in enumerate(found) if x), (1, parts[0]))
+        names.append(name)
         parts = parts[end:]
     return names
 

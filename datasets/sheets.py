@@ -27,7 +27,8 @@ from .files import write_whole
 csv.field_size_limit(2**31 - 1)  # an item may be a long text
 START, TEST, ASKED = "labels.csv", "test.csv", ".lfosa-asked"
 UNKNOWN, SKIP = "unknown", "skip"
-SAVED = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods", ".numbers")
+WORKBOOKS = (".xls", ".xlsx", ".xlsm", ".ods", ".numbers")
+SAVED = (".csv", ".tsv", ".txt", *WORKBOOKS)
 
 
 class Sheets(NamedTuple):
@@ -212,23 +213,27 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
 def _check_copies(
     folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str | None
 ) -> None:
-    """Raise UserError if a copy of a query sheet has answers that the sheet lacks, or others."""
+    """Raise UserError if a copy of a query sheet has newer answers, or some that the sheet lacks."""
     for number, paths in copies.items():
         sheet = f"query_{number}.csv"
         answers = sheets.get(sheet, {})
         for path in paths if answers else ():
+            newer = (folder / path).stat().st_mtime > (folder / sheet).stat().st_mtime
             try:
-                rows, _ = _rows(path, (folder / path).read_bytes(), encoding)
+                rows, guess = _rows(path, (folder / path).read_bytes(), encoding)
                 found = [(row.get("file", ""), _fold(row.get("label", ""))) for row in rows]
+                newer = newer and not guess  # a label may be misread
             except UserError:  # such as a workbook, which may answer what the sheet does not
-                newer = (folder / path).stat().st_mtime > (folder / sheet).stat().st_mtime
-                missing = [(file, "?") for file, answer in answers.items() if not answer]
-                found = missing if newer or not any(answers.values()) else []
+                counts = (newer and path.casefold().endswith(WORKBOOKS)) or not any(
+                    answers.values()
+                )
+                found = [(file, "?") for file, answer in answers.items() if counts and not answer]
             for file, label in found:
                 image = alike.get(file) or alike.get(_plain(file))
-                if label and image in answers and label != _fold(answers[image] or ""):
-                    what = f"save it as {sheet}, or remove it"
-                    raise UserError(f"{folder / path} may have answers that {sheet} lacks: {what}")
+                answer = _fold(answers.get(image) or "")
+                if label and image in answers and (not answer or (newer and label != answer)):
+                    what = f"if so, save it as {sheet}; otherwise remove it"
+                    raise UserError(f"{folder / path} may have newer answers than {sheet}: {what}")
 
 
 def _tell_doubts(classes: tuple[str, ...], guessed: dict, spelled: list) -> None:

@@ -38,8 +38,8 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:  # a method's objective has put it there
-        what = "neither a tensor nor a plain value"
-        raise UserError(f"{path} holds something that is {what}: see models.Objective") from error
+        what = "neither a tensor nor a plain value: see models.Objective, then --overwrite it"
+        raise UserError(f"{path} holds something that is {what}") from error
     except Exception as error:  # torch names no common class for a file that is no checkpoint
         raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
     for key, value in experiment.items():

@@ -33,8 +33,8 @@ class Objective(nn.Module):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers of the objective's own parameters; they keep their learning rate.
 
-        A parameter without an optimizer is not trained. With --amp fp16 each needs a gradient in
-        every batch, if only of 0.
+        A parameter without an optimizer is not trained. With --amp fp16 an optimizer needs a
+        gradient in every batch, if only of 0.
         """
         return []
 

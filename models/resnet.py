@@ -24,8 +24,7 @@ NETWORKS = {
     "resnet18-narrow": (BasicBlock, (16, 32, 64, 128), (2, 2, 2, 2)),
     "resnet34-narrow": (BasicBlock, (16, 32, 64, 128), (3, 4, 6, 3)),
     "resnet50-narrow": (Bottleneck, (16, 32, 64, 128), (3, 4, 6, 3)),
-    # He et al.'s own net for CIFAR: three stages, and shortcuts without parameters.
-    "resnet20": (BasicBlock, (16, 32, 64), (3, 3, 3)),
+    "resnet20": (BasicBlock, (16, 32, 64), (3, 3, 3)),  # He et al.'s own net for CIFAR
 }
 
 
@@ -57,7 +56,7 @@ class ResNet(Network):
                 stride = 2 if i > 0 and j == 0 else 1
                 wider = width * block.expansion
                 shortcut = None
-                if len(widths) == 3 and stride == 2:  # every other pixel, zero channels
+                if name == "resnet20" and stride == 2:  # every other pixel, zero channels
                     zeros = nn.ZeroPad3d((0, 0, 0, 0, 0, width - channels))
                     shortcut = nn.Sequential(nn.AvgPool2d(1, 2), zeros)
                 elif stride == 2 or channels != wider:

@@ -106,6 +106,8 @@ def test_known_classes_may_be_typed_with_spaces_and_in_another_form_of_unicode(t
     known = ["käfer", " ant", " small "]  # --known "käfer, ant, small "
     data = create("folder", write_folder(tmp_path, files), known=known)
     assert (data.classes, data.num_known) == (("ant, small", kafer, "bee"), 2)
+    names = ["cat", "cat ", "k\u00e4fer", "ka\u0308fer"]
+    assert [folder.class_names([name], names) for name in names] == [[name] for name in names]
 
 
 @pytest.mark.parametrize("files, options, part", NEEDS.values(), ids=NEEDS)

@@ -217,8 +217,11 @@ def test_a_query_sheet_saved_under_another_name_is_missed(tmp_path, name):
 
 ANSWERED = "file,label\nb.png,cat\nc.png,unknown\nd.png,"
 COPIES = {  # a copy of it, how much later it was saved, and whether it may have other answers
-    "query_1 (1).csv": ("file,label\nb.png,Cat\nc.png,cat\nd.png,", 0, True),
+    "query_1 (1).csv": ("file,label\nb.png,Cat\nc.png,cat\nd.png,", 60, True),
     "query_1 (2).csv": ("file,label\nb.png,Cat\nc.png,\nd.png,", 60, False),
+    "query_1 (3).csv": ("file,label\nb.png,Cat\nc.png,cat\nd.png,", -60, False),
+    "query_1 (4).csv": ("file,label\nb.png,\nc.png,\nd.png,cat", -60, True),
+    "query_1 notes.txt": ("d.png: a cat?", 60, False),
     "query_1.xlsx": ("PK\3\4", 60, True),
     "query_1.ods": ("PK\3\4", -60, False),
 }
