@@ -213,7 +213,7 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
 def _check_copies(
     folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str | None
 ) -> None:
-    """Raise UserError if a copy of a query sheet has newer answers, or some that the sheet lacks."""
+    """Raise UserError if a copy of a query sheet has newer answers, or answers that it lacks."""
     for number, paths in copies.items():
         sheet = f"query_{number}.csv"
         answers = sheets.get(sheet, {})
