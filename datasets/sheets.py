@@ -224,9 +224,8 @@ def _check_copies(
                 found = [(row.get("file", ""), _fold(row.get("label", ""))) for row in rows]
                 newer = newer and not guess  # a label may be misread
             except UserError:  # such as a workbook, which may answer what the sheet does not
-                counts = (newer and path.casefold().endswith(WORKBOOKS)) or not any(
-                    answers.values()
-                )
+                counts = newer and path.casefold().endswith(WORKBOOKS)
+                counts = counts or not any(answers.values())
                 found = [(file, "?") for file, answer in answers.items() if counts and not answer]
             for file, label in found:
                 image = alike.get(file) or alike.get(_plain(file))
