@@ -183,7 +183,7 @@ def _epilog(dataset: str) -> Iterator[str]:
     """The end of --help: whose defaults it shows, and what each protocol sets."""
     yield f"Defaults of {dataset}; see also --dataset cifar100 --help. Flags override a protocol:"
     for name, protocol in PROTOCOLS.items():
-        words = ["the known classes of its paper"] if protocol.class_order else []
+        words = ["the known classes of its paper"] if dataset in protocol.class_order else []
         for key, value in protocol.defaults.items():
             flag = ("no-" if value is False else "") + key.replace("_", "-")
             words.append(f"--{flag}" + ("" if isinstance(value, bool) else f" {value}"))

@@ -88,6 +88,8 @@ class AnnotatedRun(Run):
     def end_round(self, accuracy: float, queried: Tensor) -> None:
         """Measure the round, and write the sheet that asks the annotator about `queried`."""
         self.measure(accuracy, queried)
+        if (precision := self.newest("Precision")) is not None:
+            self.files.record("Precision", precision, self.round - 1)
         self.save()
         if parallel.rank() == 0:
             self._ask(queried)

@@ -59,7 +59,8 @@ class Run:
             draws = generator(args.seed, "split")
             self.split = open_set.initial_split(data.known, args.init_percent, draws)
         args.known_class = data.num_known
-        batch = 50 if data.sheets else max(1, len(self.split.pool) // 20)
+        # Of all images, so that runs with other known classes query as many.
+        batch = 50 if data.sheets else max(1, len(data.known) // 20)
         args.query_batch = args.query_batch or batch
         self.round = 0  # rounds done
         self.log: dict[str, dict] = {"Acc": {}, "Err": {}, "Precision": {}, "Recall": {}}
