@@ -129,6 +129,13 @@ FAULTS = {
 }
 
 
+def test_vectors_of_another_machine_are_the_same(tmp_path):
+    rows = np.random.default_rng().normal(size=(9, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", rows.astype(">f4"))
+    found = embeddings.read_vectors(tmp_path / "x.npy", 9, "y.npy")
+    assert found.dtype == np.float32 and np.array_equal(found, rows)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_files_are_one_line(forks, tmp_path, fault):
     change, told = FAULTS[fault]
