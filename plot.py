@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     @property
     def family(self) -> tuple[str, str, str, str]:
-        """Runs of one family stand side by side, and with as many known classes in one figure."""
+        """A family has a panel for each number of known classes, side by side."""
         return self.dataset, self.init, self.batch, self.model
 
 

@@ -55,7 +55,7 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
     """
     content = (data_dir / ITEMS).read_bytes()
     (header, *rows), guess = sheets.read_cells(ITEMS, content, sheet_encoding)
-    if guess:  # no note: the names would be wrong in sheets that are never overwritten
+    if guess:  # the query sheets would hold misread names, and they are never overwritten
         raise UserError(
             f"{ITEMS} is not in Unicode: give --sheet-encoding (such as {guess} or gbk)"
         )

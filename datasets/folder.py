@@ -22,6 +22,7 @@ from errors import UserError, tell
 from . import decoding
 from .files import one_at_a_time
 from .raw import Items, Raw
+from .sheets import composed
 
 TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 
@@ -122,19 +123,15 @@ def class_names(parts: list[str], classes: Collection[str]) -> list[str]:
     A name that is typed in another form of Unicode, or with spaces around it, is spelled as in
     `classes`.
     """
-    spelled, names = {_plain(name): name for name in classes}, []
+    spelled, names = {composed(name): name for name in classes}, []
     spelled |= {name: name for name in classes}
     while parts:
         typed = [",".join(parts[:end]) for end in range(len(parts), 0, -1)]  # the longest first
-        found = [spelled.get(text) or spelled.get(_plain(text)) for text in typed]
+        found = [spelled.get(text) or spelled.get(composed(text)) for text in typed]
         end, name = next(((len(parts) - i, x) for i, x in enumerate(found) if x), (1, parts[0]))
         names.append(name)
         parts = parts[end:]
     return names
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def upright(image: Image.Image, remark: Callable[[str], object] = lambda _: None) -> Image.Image:

@@ -89,7 +89,7 @@ def read(
                 [nearest] = difflib.get_close_matches(_fold(label), names, n=1, cutoff=0)
                 fault = f"{place}: {label!r} is no class of {START}, nor {UNKNOWN} or {SKIP}"
                 raise UserError(f"{fault}; the nearest is {names[nearest]!r}{read_as}")
-            spelling = unicodedata.normalize("NFC", label.strip())
+            spelling = composed(label)
             spelled.setdefault(_fold(label), {})[spelling] = None
             label = names[_fold(label)]
             labels[image] = label or labels.get(image)
@@ -213,7 +213,7 @@ def _queries(folder: Path, copies: dict[int, list[str]]) -> list[str]:
 def _check_copies(
     folder: Path, copies: dict[int, list[str]], sheets: dict, alike: dict, encoding: str | None
 ) -> None:
-    """Raise UserError if a copy of a query sheet has newer answers, or answers that it lacks."""
+    """Raise UserError if a query sheet's copy has answers that the sheet lacks, or newer ones."""
     for number, paths in copies.items():
         sheet = f"query_{number}.csv"
         answers = sheets.get(sheet, {})
@@ -270,4 +270,9 @@ def _plain(file: str) -> str:
 
 def _fold(text: str) -> str:
     """The form in which labels and column names are compared."""
-    return unicodedata.normalize("NFC", text.strip().casefold())
+    return composed(text.casefold())
+
+
+def composed(text: str) -> str:
+    """The text without spaces around it, each accented letter as one character where it can be."""
+    return unicodedata.normalize("NFC", text.strip())

@@ -143,7 +143,7 @@ CHECKPOINTS = {  # content -> content, further arguments, source for the fork, w
     "empty": (lambda content: b"", "", "", "damaged"),
     "cut": (lambda content: content[:-1000], "", "", "damaged"),
     "one bit flipped": (flipped, "", "", "damaged"),
-    "with code": (saved({"format": Trace()}), "", "", "tensor"),
+    "with code": (saved({"format": Trace()}), "", "", "overwrite"),
     "of an earlier version": (saved({"round": 1, "network": {}}), "", "", "version"),
     "of another run": (of_another_run, "", "", "another"),
     "of other kernels": (SAME, "--deterministic", "", "deterministic"),

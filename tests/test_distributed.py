@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import LFOSA, ROOT, SMALL, TORCHRUN, assert_one_line
+from test_interruptions import OWN_LOSS
 
 import AL_center_temperature
 import datasets
@@ -346,7 +347,7 @@ REFUSED = {  # arguments and surroundings
 }
 
 
-@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if hasattr(STRATEGIES[x], "objective")])
+@pytest.mark.parametrize("strategy", OWN_LOSS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_method_for_one_process_is_refused_before_any_file_is_written(
     forks, tmp_path, strategy, rank

@@ -44,6 +44,7 @@ RUNS = {  # BALD, for the stream of its dropout masks
 }
 STEP = ("torch.optim:SGD", "step")
 KILLS = 20  # per script
+OWN_LOSS = [name for name in STRATEGIES if hasattr(STRATEGIES[name], "objective")]
 NO_SPACE = "raise OSError(28, 'No space left on device')"
 
 
@@ -145,7 +146,7 @@ def test_twenty_kills_change_no_byte(forks, reference, tmp_path, script):
     print(f"{script}: kills survived: {kills}, in {rounds} rounds")
 
 
-@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if hasattr(STRATEGIES[x], "objective")])
+@pytest.mark.parametrize("strategy", OWN_LOSS)
 def test_what_a_methods_own_loss_has_learnt_survives_kills(forks, resume, tmp_path, strategy):
     """In the first round's detector, in that of the second round and in its classifier."""
     arguments = [*TINY, "--query-strategy", strategy, "--max-query", "2"]
