@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import UserError, tell
 
 # torchrun notices a crashed process at once; the timeout matters only if a whole machine
 # disappears. It must be longer than whatever the others wait for: k-means over a million images.
@@ -64,7 +64,18 @@ def setup_device(args: Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
+    if args.amp != "off" and not _computes_in(args.amp, device):
+        what = f"this processor has no {args.amp} instructions"
+        tell(f"note: {what}: --amp {args.amp} may take many times as long as float32")
     return device
+
+
+def _computes_in(amp: str, device: torch.device) -> bool:
+    """Whether the device computes in "bf16" or "fp16" itself, instead of converting each number."""
+    if device.type == "cuda":
+        return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    one_dnn = torch.backends.mkldnn.is_available()
+    return one_dnn and getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")()
 
 
 def keep_memory(device: torch.device) -> None:

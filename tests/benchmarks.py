@@ -94,7 +94,7 @@ def process(*initializer: Callable) -> Iterator[Callable]:
 def set_up() -> None:
     """Do to this process what the scripts do: the C library keeps freed memory."""
     flags = dict.fromkeys(("use_cpu", "compile", "deterministic"))
-    parallel.keep_memory(parallel.setup_device(argparse.Namespace(gpu=0, **flags)))
+    parallel.keep_memory(parallel.setup_device(argparse.Namespace(gpu=0, amp="off", **flags)))
 
 
 # ---- augmentation, training and scoring ---------------------------------------------------------

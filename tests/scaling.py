@@ -26,7 +26,8 @@ FLOATS = {"features": 2, "logits": 21}  # of one image of the pool
 
 def measure() -> dict[str, list[float]]:
     """Seconds by what was done, one per turn (of rank 0)."""
-    device = parallel.setup_device(Namespace(use_cpu=True, compile=False, deterministic=False))
+    flags = {"use_cpu": True, "compile": False, "deterministic": False, "amp": "off"}
+    device = parallel.setup_device(Namespace(**flags))
     parallel.keep_memory(device)
     network = models.create("resnet20", 21, 2, generator(1, "init"), device)
     pixels = np.random.default_rng(1).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)

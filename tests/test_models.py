@@ -4,7 +4,9 @@ import copy
 import io
 import itertools
 import math
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,6 +330,21 @@ VARIANTS = {  # what makes the objective of a network, settings, and the probabi
     "a method's own": (Anchored, {}, 0.0),
     "bf16, center loss, dropout": (with_centers, {"amp": "bf16"}, 0.5),
 }
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_slow_mixed_precision_is_told(amp, capsys):
+    instructions = {
+        "bf16": {"avx512bw", "avx_ne_convert"},
+        "fp16": {"avx512_fp16", "avx_ne_convert"},
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "avx2" not in (has := set(cpuinfo.read_text().split())):
+        pytest.skip("the instructions are known here for Linux on x86 alone")
+    flags = Namespace(use_cpu=True, compile=False, deterministic=False, amp=amp)
+    models.parallel.setup_device(flags)
+    slow = amp != "off" and not has & instructions[amp]
+    assert (f"--amp {amp}" in capsys.readouterr().out) == slow
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
