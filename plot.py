@@ -40,7 +40,8 @@ OWN_COLORS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+12
 DASHES = ("-", "--", "-.", (0, (1, 1, 4, 1, 4, 1)))  # variants of a strategy, in turn
 
 LOG_NAME = re.compile(
-    r"(?P<lfosa>temperature_)?(?P<model>[\w.-]+?)_(?P<dataset>(?u:[^\W_]|[.-])+)"
+    r"(?P<lfosa>temperature_)?(?P<model>[\w.-]+?)"
+    r"_(?P<dataset>(?u:[^\W_]|[.-])+?)(?:-(?P<mark>[0-9a-f]{8}))?"  # a state of your own data
     r"(?:_known(?P<known>\d+)_init(?P<init>[\d.e+-]+)_batch(?P<batch>\d+))?"
     r"_seed(?P<seed>\d+)_(?P<strategy>[\w-]+?)"
     r"(?P<temperatures>(?:_(?:unknown|known|modelB)_T[\d.e+-]+)*)"
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     known: str  # number of known classes
     strategy: str
     folder: str  # of --compare; empty for our own runs
-    traits: tuple[str, ...]  # what differs from the published setting: ("max-epoch10", ...)
+    traits: tuple[str, ...]  # the mark of LOG_NAME; what differs from the published setting
     seed: int
 
     @property
@@ -93,7 +94,8 @@ def parse_name(name: str) -> Run:
     published = (f"unknown_T{own_T or 0.5}", f"known_T{own_T or 0.5}", "modelB_T1.0")
     # older published logs lack modelB_T: their classifier had no temperature yet
     temperatures = re.findall(r"[a-zA-Z]+_T[^_]+", part["temperatures"])
-    traits = ["LfOSA script"] if part["lfosa"] and not own_T else []
+    traits = [part["mark"]] if part["mark"] else []
+    traits += ["LfOSA script"] if part["lfosa"] and not own_T else []
     traits += [text.replace("_", "-") for text in temperatures if text not in published]
     traits += filter(None, part["settings"].split("_"))
     given = {key: part[key] for key in Run._fields if key in part}
