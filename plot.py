@@ -37,11 +37,13 @@ OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()  # drawn thin
 COLORS = "C3 C8 black C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
 STYLES = dict(zip(MAIN + OTHERS, zip(COLORS, "oHps^DvPXp<>hd*", strict=True), strict=True))
 OWN_COLORS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+1234"  # a user's
-DASHES = ("-", "--", "-.", (0, (1, 1, 4, 1, 4, 1)))  # variants of a strategy, in turn
+# Variants of a strategy, in turn; a gap must be wider than a thick line's marker in the legend.
+DASHES = ("-", (0, (2.5, 2)), "-.", (0, (1, 1, 4, 1, 4, 1)))
+DOTS = (":", (0, (1, 4)), (0, (1, 1, 1, 4)))  # those of --compare
 
 LOG_NAME = re.compile(
     r"(?P<lfosa>temperature_)?(?P<model>[\w.-]+?)"
-    r"_(?P<dataset>(?u:[^\W_]|[.-])+?)(?:-(?P<mark>[0-9a-f]{8}))?"  # a state of your own data
+    r"_(?P<dataset>(?u:[^\W_]|[.-])+?)(?:-(?P<mark>[0-9a-f]{8}))?"  # of a user's own data
     r"(?:_known(?P<known>\d+)_init(?P<init>[\d.e+-]+)_batch(?P<batch>\d+))?"
     r"_seed(?P<seed>\d+)_(?P<strategy>[\w-]+?)"
     r"(?P<temperatures>(?:_(?:unknown|known|modelB)_T[\d.e+-]+)*)"
@@ -63,7 +65,7 @@ class Run(NamedTuple):
     known: str  # number of known classes
     strategy: str
     folder: str  # of --compare; empty for our own runs
-    traits: tuple[str, ...]  # the mark of LOG_NAME; what differs from the published setting
+    traits: tuple[str, ...]  # which data of that name; what differs from the published setting
     seed: int
 
     @property
@@ -86,10 +88,16 @@ def tell(message: str) -> None:
 
 
 def parse_name(name: str) -> Run:
-    """Read a log's file name; ValueError if it is not one that the two scripts would give."""
+    """Read a log's file name; ValueError if it is not one that the two scripts would give.
+
+    The mark after a data set's name is a digest of the data: embeddings made anew have another, and
+    are compared in one figure. With an annotator it stands for the folder, and stays in the name.
+    """
     if not (match := LOG_NAME.fullmatch(name)):
         raise ValueError("its name is not that of a log")
     part = match.groupdict("")
+    if part["mark"] and not part["known"]:
+        part |= {"dataset": f"{part['dataset']}-{part['mark']}", "mark": ""}
     own_T = DETECTOR_T.get(part["strategy"])
     published = (f"unknown_T{own_T or 0.5}", f"known_T{own_T or 0.5}", "modelB_T1.0")
     # older published logs lack modelB_T: their classifier had no temperature yet
@@ -180,9 +188,10 @@ def make_curves(logs: dict[Run, Log], styles: dict, common: list[str]) -> dict[s
         color, marker = styles[run.strategy]
         width = 2.2 if name == "LfOSA" else 0.8 if run.strategy in OTHERS else 1.4
         used = dashes.setdefault((run.strategy, run.folder), {})  # the same for all known
-        dash = used.setdefault(run.traits, DASHES[len(used) % len(DASHES)])
+        patterns = DOTS if run.folder else DASHES
+        dash = used.setdefault(run.traits, patterns[len(used) % len(patterns)])
         if run.folder:
-            label, width, dash = f"{label} ({run.folder})", min(width, 1.2), ":"
+            label, width = f"{label} ({run.folder})", min(width, 1.2)
         if len({len(log["Precision"]) for log in seeds}) > 1:
             tell(f"{label}: only the rounds that all seeds have are drawn")
         style = {"color": color, "marker": marker, "markersize": 3 + width / 2}
@@ -223,7 +232,7 @@ def draw(panels: dict[str, list[Curve]], measure: str, title: str = "") -> matpl
             rounds, values = curve.values[measure]
             mean, style = values.mean(axis=0), curve.style
             (lines[curve.label],) = axes.plot(rounds, mean, label=curve.label, **style)
-            if len(values) > 1 and style["linestyle"] != ":":
+            if len(values) > 1 and style["linestyle"] not in DOTS:
                 std = values.std(axis=0, ddof=1)
                 band = {"alpha": 0.06 * style["linewidth"], "linewidth": 0, "zorder": 1}
                 axes.fill_between(rounds, mean - std, mean + std, color=style["color"], **band)

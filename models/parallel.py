@@ -64,18 +64,17 @@ def setup_device(args: Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    if args.amp != "off" and not _computes_in(args.amp, device):
-        what = f"this processor has no {args.amp} instructions"
+    if args.amp != "off" and not _is_fast(args.amp, device):
+        what = f"PyTorch is slow in {args.amp} on this device"
         tell(f"note: {what}: --amp {args.amp} may take many times as long as float32")
     return device
 
 
-def _computes_in(amp: str, device: torch.device) -> bool:
-    """Whether the device computes in "bf16" or "fp16" itself, instead of converting each number."""
+def _is_fast(amp: str, device: torch.device) -> bool:
+    """Whether the device has fast kernels for "bf16" or "fp16"; true where PyTorch does not say."""
     if device.type == "cuda":
         return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    one_dnn = torch.backends.mkldnn.is_available()
-    return one_dnn and getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")()
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported", lambda: True)()
 
 
 def keep_memory(device: torch.device) -> None:
