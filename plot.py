@@ -37,7 +37,7 @@ OTHERS = "KMeans Max_AV AV_uncertainty margin BADGE".split()  # drawn thin
 COLORS = "C3 C8 black C0 C2 C1 C4 C5 C6 C9 0.25 0.35 0.45 0.55 0.65".split()
 STYLES = dict(zip(MAIN + OTHERS, zip(COLORS, "oHps^DvPXp<>hd*", strict=True), strict=True))
 OWN_COLORS, OWN_MARKERS = "navy magenta darkgreen goldenrod teal".split(), "x+1234"  # a user's
-# Variants of a strategy, in turn; a gap must be wider than a thick line's marker in the legend.
+# Variants of a strategy, in turn. The gaps of "--" would hide behind a thick line's markers.
 DASHES = ("-", (0, (2.5, 2)), "-.", (0, (1, 1, 4, 1, 4, 1)))
 DOTS = (":", (0, (1, 4)), (0, (1, 1, 1, 4)))  # those of --compare
 
@@ -90,8 +90,8 @@ def tell(message: str) -> None:
 def parse_name(name: str) -> Run:
     """Read a log's file name; ValueError if it is not one that the two scripts would give.
 
-    The mark after a data set's name is a digest of the data: embeddings made anew have another, and
-    are compared in one figure. With an annotator it stands for the folder, and stays in the name.
+    The mark after the name of a user's data is their digest: data of one name, such as embeddings
+    made anew, share a figure. With an annotator the mark is the folder's, and stays in the name.
     """
     if not (match := LOG_NAME.fullmatch(name)):
         raise ValueError("its name is not that of a log")

@@ -71,7 +71,7 @@ def setup_device(args: Namespace) -> torch.device:
 
 
 def _is_fast(amp: str, device: torch.device) -> bool:
-    """Whether the device has fast kernels for "bf16" or "fp16"; true where PyTorch does not say."""
+    """Whether PyTorch's libraries compute in "bf16" or "fp16" here; true where it does not say."""
     if device.type == "cuda":
         return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported", lambda: True)()
