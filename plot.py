@@ -42,9 +42,9 @@ DASHES = ("-", (0, (2.5, 2)), "-.", (0, (1, 1, 4, 1, 4, 1)))
 DOTS = (":", (0, (1, 4)), (0, (1, 1, 1, 4)))  # those of --compare
 
 LOG_NAME = re.compile(
-    r"(?P<lfosa>temperature_)?(?P<model>[\w.-]+?)"
-    r"_(?P<dataset>(?u:[^\W_]|[.-])+?)(?:-(?P<mark>[0-9a-f]{8}))?"  # of a user's own data
-    r"(?:_known(?P<known>\d+)_init(?P<init>[\d.e+-]+)_batch(?P<batch>\d+))?"
+    r"(?P<lfosa>temperature_)?(?P<model>[\w.-]+?)_(?P<dataset>(?u:[^\W_]|[.-])+?)"
+    r"(?:(?:-(?P<digest>[0-9a-f]{8}))?"  # of a user's data; an annotator's have a mark
+    r"_known(?P<known>\d+)_init(?P<init>[\d.e+-]+)_batch(?P<batch>\d+))?"
     r"_seed(?P<seed>\d+)_(?P<strategy>[\w-]+?)"
     r"(?P<temperatures>(?:_(?:unknown|known|modelB)_T[\d.e+-]+)*)"
     r"(?:__(?P<settings>(?u:[\w.,+-])+))?\.pkl",
@@ -65,7 +65,7 @@ class Run(NamedTuple):
     known: str  # number of known classes
     strategy: str
     folder: str  # of --compare; empty for our own runs
-    traits: tuple[str, ...]  # which data of that name; what differs from the published setting
+    traits: tuple[str, ...]  # ("8fbf7e21", "max-epoch10"): the data; what is not as published
     seed: int
 
     @property
@@ -90,19 +90,17 @@ def tell(message: str) -> None:
 def parse_name(name: str) -> Run:
     """Read a log's file name; ValueError if it is not one that the two scripts would give.
 
-    The mark after the name of a user's data is their digest: data of one name, such as embeddings
-    made anew, share a figure. With an annotator the mark is the folder's, and stays in the name.
+    A digest is no part of `dataset`: a user's data of one name, such as embeddings made anew, share
+    a figure. The mark of an annotator's folder is.
     """
     if not (match := LOG_NAME.fullmatch(name)):
         raise ValueError("its name is not that of a log")
     part = match.groupdict("")
-    if part["mark"] and not part["known"]:
-        part |= {"dataset": f"{part['dataset']}-{part['mark']}", "mark": ""}
     own_T = DETECTOR_T.get(part["strategy"])
     published = (f"unknown_T{own_T or 0.5}", f"known_T{own_T or 0.5}", "modelB_T1.0")
     # older published logs lack modelB_T: their classifier had no temperature yet
     temperatures = re.findall(r"[a-zA-Z]+_T[^_]+", part["temperatures"])
-    traits = [part["mark"]] if part["mark"] else []
+    traits = [part["digest"]] if part["digest"] else []
     traits += ["LfOSA script"] if part["lfosa"] and not own_T else []
     traits += [text.replace("_", "-") for text in temperatures if text not in published]
     traits += filter(None, part["settings"].split("_"))

@@ -71,7 +71,7 @@ def setup_device(args: Namespace) -> torch.device:
 
 
 def _is_fast(amp: str, device: torch.device) -> bool:
-    """Whether PyTorch's libraries compute in "bf16" or "fp16" here; true where it does not say."""
+    """Whether PyTorch has kernels of its own for "bf16" or "fp16"; true where it does not say."""
     if device.type == "cuda":
         return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported", lambda: True)()
