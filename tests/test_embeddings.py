@@ -291,7 +291,8 @@ def close(found, expected):
 
 
 def test_images_of_a_data_set_become_features(tmp_path, plain):
-    images = np.random.default_rng().integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng().integers(256, size=(40, 3, 32, 32), dtype=np.uint8)
+    images = images.transpose(0, 2, 3, 1)  # a view, as torchvision's CIFAR is
     encoder = Encoder(ENCODER, CPU, tmp_path, cropped=False)
     tensors = torch.from_numpy(images).permute(0, 3, 1, 2)
     close(encoder.encode(images), [plain(image) for image in tensors])
