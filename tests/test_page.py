@@ -227,7 +227,7 @@ def test_a_round_answered_in_a_browser(forks, browser, tmp_path):
     asked, predicted = zip(*((row["file"], row["predicted"]) for row in read(sheet)), strict=True)
     browser.open(sheet.with_suffix(".html"), NO_PICKER)
     assert browser.name() == asked[0] and browser.picture() == [8, 8]
-    browser.press("2", "u")
+    browser.press("1", "u")
     browser.click("skip")
     browser.press(keys.ENTER)
     assert "4 of 7 answered" in browser.said() and browser.name() == asked[4]
@@ -270,6 +270,17 @@ def test_hostile_names_in_a_browser(browser, tmp_path):
     browser.click("Save")
     written = bytes(browser.until(lambda: browser.run("return window.written")))
     assert written == filled(sheet, dict(zip(SHOWN, given, strict=True)))
+
+
+@pytest.mark.parametrize(("last", "end"), [(3, ""), (10, "\n"), (12, "\n")])
+def test_numbers_are_answered_by_name(browser, tmp_path, last, end):
+    classes = sorted(map(str, range(1, last + 1)))
+    sheet = make(tmp_path, [f"{name}.png" for name in classes], classes)
+    browser.open(sheet.with_suffix(".html"), NO_PICKER)
+    for name in classes:
+        browser.press(*name, *end)
+    expected = filled(sheet, {f"{name}.png": name for name in classes})
+    assert browser.download().read_bytes() == expected
 
 
 def test_answers_stay_where_the_browser_keeps_none_and_the_person_is_told(browser, tmp_path):
