@@ -146,7 +146,7 @@ def create(
         reason = error.strerror or error
         raise UserError(f"cannot read {error.filename or data_dir}: {reason}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        smaller = " or lower --image-size" if name == "folder" else ""
+        smaller = " or lower --image-size" if name == "folder" and not coder else ""
         raise UserError(f"the data does not fit into memory: free some{smaller}") from error
     if coder:
         preprocessing |= {"encoder": encoder, "weights": coder.weights.name}

@@ -44,7 +44,7 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
         raise UserError(f"{path} is damaged: put a good copy there, or --overwrite it") from error
     for key, value in experiment.items():
         if (old := state.get("experiment", {}).get(key)) != value:
-            what = f"its {key} is {old}, this run's is {value}"
+            what = f"its {key} is {old}, this run's is {value}; to begin anew, --overwrite it"
             raise UserError(f"{path} is of another run or version: {what}")
     return state
 
