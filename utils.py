@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -228,7 +229,10 @@ def _settings(args: Namespace, shown: list[str]) -> str:
 
 def _show(value: object) -> str:
     if isinstance(value, list):
-        return ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
+        names = ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+        # The name of a file has 255 bytes; the journal holds the whole list.
+        return names if len(names.encode()) <= 80 else f"{len(value)}-{digest}"
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 
 

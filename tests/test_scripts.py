@@ -26,6 +26,7 @@ from forks import (
 
 import datasets
 import models
+import plot
 import utils
 from datasets import DATASETS, digits
 from datasets.raw import Raw
@@ -305,6 +306,15 @@ def test_readme_names_what_there_is_and_its_commands_parse(parse):
     assert len(commands) >= 2
     for script, arguments in commands:
         parse(script == LFOSA, *arguments.replace("\\\n", " ").split())
+
+
+def test_many_known_classes_have_a_short_mark_of_their_own(parse):
+    names, marks = [f"a class named {number}" for number in range(50)], set()
+    for known in (names, names[1:], [*names[2:], "others"]):
+        name = f"resnet18_cifar100_seed1_random{parse(False, '--known', ','.join(known)).settings}"
+        assert len(name) < 100 and len(plot.parse_name(f"{name}.pkl").traits) == 1
+        marks.add(name)
+    assert len(marks) == 3
 
 
 SHUFFLED = """
