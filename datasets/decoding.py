@@ -28,8 +28,9 @@ from .raw import Raw
 
 # What network storage, Windows and macOS put into folders: thumbnails, recycle bins, snapshots.
 SYSTEM = {"@eadir", "@tmp", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
-SYSTEM |= {"~snapshot", "$recycle.bin", "recycler", "recycle bin", "trashbox", "lost+found"}
+SYSTEM |= {"~snapshot", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "network trash folder", "temporary items", "__macosx"}
+BINS = {"recycler", "recycle bin", "trashbox"}  # only at the top: a class may have such a name
 
 
 class Decoded(NamedTuple):
@@ -51,7 +52,8 @@ def walk(folder: Path | str, below: str = "") -> dict[str, list[int]]:
     files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM:
+            name = entry.name.casefold()
+            if name.startswith(".") or name in SYSTEM or (not below and name in BINS):
                 continue
             if entry.is_dir():
                 files |= walk(entry.path, f"{below}{entry.name}/")

@@ -135,7 +135,7 @@ def _labels(path: Path) -> np.ndarray:
     if labels.dtype.kind not in "iuU" or labels.ndim != 1:
         found = f"{labels.dtype} {labels.shape}"
         raise UserError(f"{path} must be integers or strings (N,), and is {found}")
-    return labels
+    return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
 def _open(path: Path) -> np.ndarray:

@@ -39,7 +39,8 @@ def write_page(
     data = {"sheet": sheet.name, "header": header, "rows": rows, "classes": classes}
     data |= {"others": (UNKNOWN, SKIP), "pictures": [_picture(sheet.parent, x) for x in files]}
     # The browser keeps the answers of all pages in one place, each under its key.
-    key = hashlib.sha256(f"{sheet.absolute()}{json.dumps(data)}".encode()).hexdigest()
+    content = f"{sheet.absolute()}{json.dumps(data)}".encode(errors="surrogatepass")
+    key = hashlib.sha256(content).hexdigest()
     text = json.dumps({"key": key, **data}).replace("<", "\\u003c")  # no </script>, all ASCII
     page = TEMPLATE.read_text("utf-8").replace("@DATA@", text)
     write_whole(sheet.with_suffix(".html"), lambda file: file.write(page.encode()))

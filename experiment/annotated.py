@@ -68,6 +68,7 @@ class AnnotatedRun(Run):
                 self.files.tell(f"{what}: used in the next round")
             page, fill = sheet.with_suffix(".html"), f"fill in the column label of {sheet}"
             self.files.tell(f"open {page}, or {fill}, then run the same command again")
+            self.tell_unsaved()
         else:
             self.finish()
 

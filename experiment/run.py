@@ -107,6 +107,10 @@ class Run:
         self.files.tell(f"finished after {self.round} rounds{why}: {self.files.path}.pkl")
         folder = shlex.quote(str(self.files.path.parent))
         self.files.tell(f"draw it with: python plot.py --log-dir {folder}")
+        self.tell_unsaved()
+
+    def tell_unsaved(self) -> None:
+        """Say if no round was left whose networks --save-model could keep."""
         if self.args.save_model and not Path(f"{self.files.path}.model.pt").exists():
             self.files.tell("--save-model has kept no networks: no round was left to do")
 

@@ -62,6 +62,14 @@ def test_standardized_by_the_training_columns(dtype):
         np.testing.assert_allclose(batch, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_integer_labels_of_two_kinds_stay_integers(tmp_path):
+    save(tmp_path)
+    for part, kind in (("train", np.uint64), ("test", np.int32)):
+        file = tmp_path / f"{part}_labels.npy"
+        np.save(file, np.array([int(name[-1]) for name in np.load(file)], kind))
+    assert embeddings.load(tmp_path).classes == tuple("0123456789")
+
+
 def test_lfosa_finds_known_classes(forks, tmp_path):
     precision = {}
     save(tmp_path / "vectors")

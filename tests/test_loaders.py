@@ -517,11 +517,12 @@ def test_only_what_is_in_the_folder_for_its_owner(tmp_path, capfd):
     moving = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
     bins = "@eaDir #recycle @Recycle $RECYCLE.BIN __MACOSX .Trash-1000 .@__thumb lost+found".split()
     litter = {f"{at}{name}/a.png": content for name in bins for at in ("", "ant/")}
+    litter |= {f"{at}trashbox/a.png": content for at in ("", "ant/")}  # below it may be a class
     write_folder(tmp_path, litter | {"ant/a.png": content, "b.tif": pages, "c.png": moving})
     (tmp_path / "notes").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe.png")
     found = pixels_of(tmp_path)
-    assert [*found] == ["ant/a.png", "b.tif", "c.png"]
+    assert [*found] == ["ant/a.png", "ant/trashbox/a.png", "b.tif", "c.png"]
     np.testing.assert_array_equal(found["b.tif"], np.asarray(frames[0]))
     out = capfd.readouterr().out
     assert "2 images" in out and "2 files" in out
@@ -620,7 +621,8 @@ def test_digits(tmp_path):
 def test_a_protocols_classes_are_lines_of_wnids_txt(tmp_path):
     write_folder(tmp_path / "folder", trees.tiny_imagenet())
     write_zip(tmp_path / "tiny-imagenet-200.zip", trees.tiny_imagenet())
-    for place in (tmp_path / "folder", tmp_path):
+    write_folder(tmp_path / "twice" / ROOT, trees.tiny_imagenet())
+    for place in (tmp_path / "folder", tmp_path / "twice", tmp_path):
         known = datasets.KnownClasses(2, order="1 2")
         data = datasets.create("TinyImagenet", place, torch.device("cpu"), known)
         assert data.classes == ("n00000020", "n00000000", "n00000010")

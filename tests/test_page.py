@@ -91,6 +91,11 @@ def test_names_are_data_and_links_lead_to_the_files(tmp_path):
     assert data(pages[0])["key"] != found["key"]
 
 
+def test_a_folder_whose_path_is_no_unicode(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    assert make(folder, ["a.png"], ["cat"]).with_suffix(".html").exists()
+
+
 def test_a_page_with_its_sheet_is_never_overwritten(tmp_path):
     sheet = make(tmp_path, ["a.png"], ["cat"])
     page = sheet.with_suffix(".html").read_bytes()
