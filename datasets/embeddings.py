@@ -116,7 +116,9 @@ def read_vectors(path: Path, count: int, beside: str) -> np.ndarray:
     ):
         found = f"{stored.dtype} {stored.shape}"
         raise UserError(f"{path} must be float16, float32 or float64 (N, D), and is {found}")
-    if len(stored) != count or not stored.size:
+    if not stored.size:
+        raise UserError(f"{path} is empty")
+    if len(stored) != count:
         raise UserError(f"{path} has {len(stored)} vectors, {beside} has {count} rows")
     numbers = np.empty(stored.shape, stored.dtype.newbyteorder("="))
     step = max(1, CHUNK // stored.shape[1])
