@@ -186,6 +186,8 @@ def _epilog(dataset: str) -> Iterator[str]:
     for name, protocol in PROTOCOLS.items():
         words = ["the known classes of its paper"] if dataset in protocol.class_order else []
         for key, value in protocol.defaults.items():
+            if dataset == "embeddings" and key in ("model", "rotation"):
+                continue  # of images alone
             flag = ("no-" if value is False else "") + key.replace("_", "-")
             words.append(f"--{flag}" + ("" if isinstance(value, bool) else f" {value}"))
         if words:
