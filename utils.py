@@ -233,7 +233,7 @@ def _show(value: object) -> str:
     if isinstance(value, list):
         names = ",".join(re.sub(r"[^\w.+-]|_", "-", name) for name in value)
         digest = hashlib.sha256(repr(value).encode()).hexdigest()[:8]
-        # The name of a file has 255 bytes; the journal holds the whole list.
+        # A file's name has at most 255 bytes; the journal holds the whole list.
         return names if len(names.encode()) <= 80 else f"{len(value)}-{digest}"
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", "-")
 

@@ -30,6 +30,10 @@ class Published(NamedTuple):
     folder: str  # the one that the archive unpacks to
     marker: str  # a file or folder in it, by which data_dir itself is recognized
 
+    def folders(self, data_dir: Path) -> list[Path]:
+        """Where the unpacked folder may lie: in one of its own name, or in data_dir."""
+        return [data_dir / self.folder / self.folder, data_dir / self.folder]
+
 
 def read_published(
     data_dir: Path, data: Published, read: Callable, cache: Path | None = None
@@ -41,7 +45,7 @@ def read_published(
     none does, the archive is downloaded. Raises UserError with what is wrong and what to do.
     """
     archive = data_dir / data.url.rpartition("/")[2]
-    places = [data_dir / data.folder / data.folder, data_dir / data.folder, archive]
+    places = [*data.folders(data_dir), archive]
     if (data_dir / data.marker).exists():
         places.append(data_dir)
     sources = [place for place in [*places, cache] if place and place.exists()]

@@ -132,7 +132,7 @@ def read_vectors(path: Path, count: int, beside: str) -> np.ndarray:
 
 
 def _labels(path: Path) -> np.ndarray:
-    """Read labels, (N,) integers or strings."""
+    """Read labels, (N,) int64 or strings. Integers of two kinds together would become floats."""
     labels = np.array(_open(path))
     if labels.dtype.kind not in "iuU" or labels.ndim != 1:
         found = f"{labels.dtype} {labels.shape}"

@@ -114,7 +114,7 @@ def log_name(data_dir: Path, mark: str) -> str:
     """
     name = unicodedata.normalize("NFC", os.path.basename(os.path.abspath(data_dir)))
     name = re.sub(r"^\.|[^\w.-]|_", "-", name)[:40] or "folder"
-    name = name.encode()[:80].decode(errors="ignore")  # the name of a file has 255 bytes
+    name = name.encode()[:80].decode(errors="ignore")  # a log's name has 255 bytes at most
     return f"{name}-{mark}"
 
 

@@ -49,8 +49,7 @@ def class_ids(data_dir: Path) -> list[str]:
 
     Raises UserError if that file is neither in the folder nor in the archive.
     """
-    own = data_dir / PUBLISHED.folder
-    for folder in (own / PUBLISHED.folder, own, data_dir):
+    for folder in (*PUBLISHED.folders(data_dir), data_dir):
         if (file := folder / "wnids.txt").is_file():
             return file.read_text().split()
     archive = data_dir / f"{PUBLISHED.folder}.zip"
