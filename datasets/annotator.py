@@ -1,5 +1,6 @@
 """Images or vectors of which few are labeled: a person is the oracle, and answers in sheets."""
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -15,6 +16,8 @@ from . import embeddings, folder, sheets
 from .files import one_at_a_time, write_whole
 from .open_set import Split
 from .raw import Items, Raw
+
+NAME = ".lfosa-name"  # the file that keeps a folder's name in logs
 
 
 def load(
@@ -32,6 +35,8 @@ def load(
     if not os.access(items.folder, os.W_OK):  # before the round rather than after it
         raise UserError(f"cannot write to {items.folder}, where the query sheets go")
     answered = sheets.read(items.folder, items.names, items.others, sheet_encoding)
+    if not answered.classes:  # before the reading, which may take long
+        raise UserError("labels.csv names no class")
     inputs, broken = items.read()
     inputs = encode(inputs) if encode else inputs
     digest = embeddings.digest(inputs)
@@ -77,7 +82,7 @@ def name(data_dir: Path) -> str:
 
     It ends in random digits, so that no other folder has it, but a whole copy of this one.
     """
-    kept = data_dir / ".lfosa-name"
+    kept = data_dir / NAME
     with one_at_a_time(data_dir / ".lfosa-cache.lock"):
         if not kept.exists():
             if (data_dir / "query_1.csv").exists():
@@ -86,3 +91,11 @@ def name(data_dir: Path) -> str:
             new = folder.log_name(data_dir, secrets.token_hex(4))
             write_whole(kept, lambda file: file.write(new.encode()))
         return kept.read_text("utf-8").strip()
+
+
+def is_copy(folder: Path, of: Path) -> bool:
+    """Whether the folder has its name in logs from another one, which is still there."""
+    with contextlib.suppress(OSError):
+        same_name = (folder / NAME).read_bytes() == (of / NAME).read_bytes()
+        return same_name and not folder.samefile(of)
+    return False

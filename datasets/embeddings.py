@@ -59,6 +59,8 @@ def items(data_dir: Path, sheet_encoding: str | None = None) -> Items:
         raise UserError(
             f"{ITEMS} is not in Unicode: give --sheet-encoding (such as {guess} or gbk)"
         )
+    while header and not header[-1].strip():  # a spreadsheet saves empty columns too
+        header.pop()
     plain = [name.strip().casefold() for name in header]
     if plain.count("file") != 1:
         raise UserError(f"{ITEMS}, row 1: name one column file")

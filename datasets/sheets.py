@@ -50,7 +50,7 @@ class Sheets(NamedTuple):
 
 
 def read(
-    folder: Path, images: Collection[str], others: Iterable[str] = (), encoding: str | None = None
+    folder: Path, images: Collection[str], others: Collection[str] = (), encoding: str | None = None
 ) -> Sheets:
     """Read all sheets in `folder`.
 
@@ -80,9 +80,10 @@ def read(
             read_as = "" if (file + label).isascii() else read_as
             image = alike.get(file) or alike.get(_plain(file))
             if not image:
-                raise UserError(
-                    f"{place}: {folder} has no {file!r}{read_as}; put it back, or remove the row"
-                )
+                fault = f"{folder} has no {file!r}{read_as}; put it back"
+                if file in others:  # such as a phone's HEIC
+                    fault = f"{file!r} is not among the items that can be read; convert it"
+                raise UserError(f"{place}: {fault}, or remove the row")
             if sheet == START:
                 names.setdefault(_fold(label), label.strip())
             if _fold(label) not in names:

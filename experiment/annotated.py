@@ -3,12 +3,13 @@
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import models
-from datasets import OpenSetData, open_set
+from datasets import OpenSetData, annotator, open_set
 from datasets.page import write_page
 from datasets.sheets import as_cells, write_query, write_table
 from errors import UserError, tell
@@ -23,7 +24,8 @@ SIMULATION = ("init_percent", "known_class", "max_query", "drop_unknown", "known
 class AnnotatedRun(Run):
     """The rounds follow from the sheets, and a query's precision is known a round later.
 
-    Raises UserError as Run does, and for a flag of the simulation.
+    Raises UserError as Run does, for a flag of the simulation, and if the log is that of another
+    folder, of which this one is a copy.
     """
 
     def __init__(
@@ -35,6 +37,12 @@ class AnnotatedRun(Run):
                 raise UserError(f"{flag} is not for use with labels.csv: the sheets decide")
         args.resume = not args.overwrite
         super().__init__(args, device, data, detector)
+        folder, log = map(Path, self.places or ("", ""))
+        # A log that was copied together with the folder goes on there.
+        if log == self.files.path.absolute() and annotator.is_copy(data.folder, of=folder):
+            what = f"{data.folder} is a copy of {folder}, whose log {log}.pkl is"
+            other = f"to go on here alone, remove {folder / annotator.NAME}"
+            raise UserError(f"{what}: give it another --save-dir or, {other}")
         self.split = data.split
         done, queries = len(data.sheets.queries), data.sheets.queries
         waiting = bool(queries) and not any(queries[-1].values())
@@ -55,10 +63,13 @@ class AnnotatedRun(Run):
         return ""
 
     def rounds(self) -> Iterator[open_set.Split]:
-        """One round if the newest query has an answer; then it is the person's turn."""
+        """One round if the newest query has an answer; then it is the person's turn.
+
+        With an empty pool the round trains on the last answers and asks nothing.
+        """
         self.begin()
         queries = self.data.sheets.queries
-        if len(self.split.pool) and (not queries or any(queries[-1].values())):
+        if not queries or any(queries[-1].values()):
             self.began = time.monotonic()
             yield self.split
         if len(self.split.pool):
@@ -77,7 +88,7 @@ class AnnotatedRun(Run):
     ) -> Tensor:
         pool = self.data.train, split.pool
         self.pool_logits = models.predict(classifier or network, *pool, settings=self.settings)
-        return super().query(split, network, classifier)
+        return super().query(split, network, classifier) if len(split.pool) else split.pool
 
     def oracle_measures(self, queried: Tensor) -> dict[str, float]:
         return {}
@@ -97,7 +108,7 @@ class AnnotatedRun(Run):
         self.round += 1
 
     def _ask(self, queried: Tensor) -> None:
-        """Write what the classifier predicts of the pool, and the sheet for the annotator."""
+        """Write what the classifier predicts of the pool, and the sheet if it asks something."""
         data, pool, logits = self.data, self.split.pool, self.pool_logits["logits"]
         labels = data.targets[self.split.labeled.to(self.device)]
         per_class = torch.bincount(labels, minlength=data.num_known).tolist()
@@ -113,6 +124,8 @@ class AnnotatedRun(Run):
         for i in queried.tolist():
             file, *predicted = rows[i]
             asked.append((file, *(cells[i] for cells in data.columns.values()), *predicted, ""))
+        if not asked:
+            return
         sheet = data.folder / f"query_{self.round + 1}.csv"
         pictures = [data.pictures[i] for i in queried.tolist()]
         write_page(sheet, as_cells(header, asked), pictures, data.classes)

@@ -67,6 +67,7 @@ class Run:
         self.queries: list[Tensor] = []  # per round, indices into the training images
         self.networks: dict[str, dict] = {}  # of this round: name -> state, see models.train
         self.objectives: dict[str, Objective] = {}  # of this round: network's name -> its own
+        self.places: tuple[str, str] | None = None  # of an annotator's folder and log, when saved
         self.saved = time.monotonic()
         self.files = RunFiles(Path(args.save_dir) / self.name())
         self.experiment = {"format": FORMAT, "name": self.files.path.name}
@@ -79,6 +80,7 @@ class Run:
             self.split = open_set.Split(*state["split"])
             for key in STATE:
                 setattr(self, key, state[key])
+            self.places = state.get("places")  # older checkpoints lack them
             if self.threads != (now := torch.get_num_threads()) and device.type == "cpu":
                 what = f"resumed with {now} threads instead of {self.threads}"
                 tell(f"note: {what}: the last digits may differ, and later queries with them")
@@ -269,8 +271,11 @@ class Run:
         self.saved = time.monotonic()
         if parallel.rank() == 0:
             state = {key: getattr(self, key) for key in STATE} | {"split": tuple(self.split)}
-            # An annotator's sheets say what was queried.
-            self.files.save(state, self.log, None if self.data.sheets else self.queries)
+            queries = self.queries
+            if self.data.sheets:  # they say what was queried
+                places = self.data.folder.absolute(), self.files.path.absolute()
+                state["places"], queries = tuple(map(str, places)), None
+            self.files.save(state, self.log, queries)
 
     def _save_model(self) -> None:
         """Write this round's networks, and what applying them needs."""

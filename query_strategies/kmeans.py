@@ -21,8 +21,9 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     """Positions of `count` pool images, (count,) int64, in order of the centers.
 
     If two centers have the same nearest image, the first takes it and the other takes its nearest
-    free image. To save time, k-means starts once, from images drawn at random (k-means++ alone
-    would take longer than all of it), and stops after ITERATIONS Lloyd steps.
+    free image; of equally near ones, one by chance. To save time, k-means starts once, from images
+    drawn at random (k-means++ alone would take longer than all of it), and stops after ITERATIONS
+    Lloyd steps.
     """
     features = outputs.features.float().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -32,7 +33,8 @@ def query(outputs: PoolOutputs, count: int, generator: torch.Generator) -> Tenso
     with threadpool_limits(2, "openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than centers
         centers = kmeans.fit(features).cluster_centers_
-    return torch.from_numpy(nearest_distinct(centers, features))
+    order = torch.randperm(len(features), generator=generator)  # the first of equally near images
+    return order[nearest_distinct(centers, features[order.numpy()])]
 
 
 def nearest_distinct(centers: np.ndarray, features: np.ndarray) -> np.ndarray:

@@ -240,6 +240,7 @@ BAD_ITEMS = {
     "name\na\nb\nc\n": ["items.csv", "file"],
     "file,label\na,1\nb,2\nc,3\n": ["items.csv", "label"],
     "file,text\na,1\nb,no, not at all\nc,3\n": ["items.csv", "row 3"],
+    "file,text,\na,1,\nb,2,nameless\nc,3,\n": ["items.csv", "row 3"],
 }
 
 
@@ -248,6 +249,11 @@ def test_items_in_another_encoding_need_its_name(tmp_path):
     with pytest.raises(UserError, match="--sheet-encoding"):
         embeddings.items(tmp_path)
     assert embeddings.items(tmp_path, "gbk").columns == {"text": ["狗的故事", "x"]}
+
+
+def test_columns_without_name_and_content_are_left_out(tmp_path):
+    (tmp_path / "items.csv").write_text("file,text,,\na,1,,\nb,2,,\n")
+    assert embeddings.items(tmp_path).columns == {"text": ["1", "2"]}
 
 
 @pytest.mark.parametrize("content", BAD_ITEMS)

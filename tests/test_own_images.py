@@ -174,6 +174,28 @@ def test_what_is_answered_is_never_asked_again_until_the_pool_is_empty(forks, pe
     assert person.log()["Precision"].keys() <= set(range(number))
 
 
+def test_the_last_answers_are_trained_on(forks, person):
+    tested = [file for file in person.truth if file.endswith("/3.png")]
+    tests = {file: person.truth[file] for file in tested if person.truth[file] != "unknown"}
+    write(person.folder / "test.csv", tests)
+    command = (LFOSA, *QUICK, "--query-batch", "99", "--save-model")
+    succeed(forks, person.home, *command)
+    person.answer(1)
+    [file] = person.home.glob("log_AL/*.model.pt")
+    before = torch.load(file)
+    for _ in range(2):  # once finished it may be started again
+        ran = succeed(forks, person.home, *command)
+        after = torch.load(file)
+        assert any(
+            (before["classifier"][key] != after["classifier"][key]).any()
+            for key in after["classifier"]
+        )
+        assert list(person.log()["Acc"]) == [0, 1] and list(person.log()["Precision"]) == [0]
+        assert "finished after 2 rounds" in ran.stdout
+    [predictions] = person.home.glob("log_AL/*_predictions.csv")
+    assert read(predictions) == [] and not (person.folder / "query_2.csv").exists()
+
+
 def test_the_folder_may_change_between_the_rounds(forks, person):
     folder = person.folder
     succeed(forks, person.home, LFOSA, *QUICK)
@@ -208,6 +230,13 @@ def test_a_start_without_a_class_is_told(forks, person):
     assert_one_line(forks.run(person.home, LFOSA, *UNTRAINED), "labels.csv", "class")
 
 
+def test_a_labeled_file_that_is_no_image_is_not_called_absent(forks, person):
+    (person.folder / "phone.xyz").write_bytes(b"a format that Pillow does not know")
+    with (person.folder / "labels.csv").open("a") as sheet:
+        sheet.write("phone.xyz,0\n")
+    assert_one_line(forks.run(person.home, LFOSA, *UNTRAINED), "phone.xyz", "convert")
+
+
 def test_the_folder_may_move_and_another_of_its_name_is_kept_apart(forks, tmp_path):
     here, there = (Person(tmp_path / name) for name in ("here", "there"))
     tested = [file for file in here.truth if file.endswith("/3.png")]
@@ -224,6 +253,12 @@ def test_the_folder_may_move_and_another_of_its_name_is_kept_apart(forks, tmp_pa
     succeed(forks, there.home, *command)
     logs = [pickle.loads(log.read_bytes()) for log in (tmp_path / "log").glob("*.pkl")]
     assert sorted(len(log["Acc"]) for log in logs) == [0, 2]
+    copy = shutil.copytree(moved, tmp_path / "copy")
+    ran = forks.run(tmp_path, *command, "--data-dir", copy)
+    assert_one_line(ran, "copy", "mounted", "--save-dir")  # one log cannot hold the rounds of both
+    own_log = ["--save-dir", tmp_path / "own"]
+    succeed(forks, tmp_path, *command, "--data-dir", copy, *own_log)
+    succeed(forks, tmp_path, *command, "--data-dir", moved)
     (moved / ".lfosa-name").unlink()
     assert ".lfosa-name" in succeed(forks, tmp_path, *command, "--data-dir", moved).stdout
 
